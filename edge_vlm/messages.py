@@ -1,0 +1,132 @@
+"""A conversation: messages of text and image parts, also read from OpenAI's JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edge_vlm.errors import PromptError
+
+ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 1000
+MAX_IMAGES = 64
+MAX_TEXT_CHARS = 4_000_000  # far more than any context takes
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that somebody wrote; special tokens in it are only text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A picture: whatever ``edge_vlm.image.load_image`` takes."""
+
+    source: Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    parts: tuple[Text | ImagePart, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined by a space."""
+        return " ".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+def user_message(images: Sequence[Any], question: str) -> Message:
+    """Pictures first, the question after them: the order the model was trained on."""
+    parts = [*(ImagePart(image) for image in images), Text(question)]
+    return Message("user", tuple(parts))
+
+
+def images_of(messages: Sequence[Message]) -> list[Any]:
+    """The pictures of a conversation in prompt order."""
+    return [
+        part.source
+        for message in messages
+        for part in message.parts
+        if isinstance(part, ImagePart)
+    ]
+
+
+def parse_messages(data: Any) -> list[Message]:
+    """Read a list of messages in OpenAI's form.
+
+    ``content`` is a string or a list of ``{"type": "text", "text": ...}`` and
+    ``{"type": "image_url", "image_url": {"url": ...}}``; a plain ``{"type": "image", "image":
+    ...}`` is taken too. A url is a path or a ``data:`` URL.
+    https://platform.openai.com/docs/api-reference/chat/create
+
+    Raises:
+        PromptError: the data has another shape; the message says where.
+    """
+    if isinstance(data, Mapping) and "messages" in data:
+        data = data["messages"]
+    if not isinstance(data, Sequence) or isinstance(data, str | bytes) or not data:
+        raise PromptError("messages: must be a list of at least one message")
+    if len(data) > MAX_MESSAGES:
+        raise PromptError(f"messages: there are {len(data)}, at most {MAX_MESSAGES} are taken")
+    messages = [_message(item, f"messages[{index}]") for index, item in enumerate(data)]
+    check_messages(messages)
+    return messages
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check what no single message shows.
+
+    Raises:
+        PromptError: too many pictures, too much text, or the last turn is the assistant's.
+    """
+    if not messages:
+        raise PromptError("messages: must be a list of at least one message")
+    if len(images_of(messages)) > MAX_IMAGES:
+        raise PromptError(f"messages: more than {MAX_IMAGES} images in one conversation")
+    if sum(len(message.text) for message in messages) > MAX_TEXT_CHARS:
+        raise PromptError(f"messages: more than {MAX_TEXT_CHARS} characters of text")
+    if messages[-1].role == "assistant":
+        raise PromptError("messages: the last one is the assistant's; there is nothing to answer")
+
+
+def _message(data: Any, where: str) -> Message:
+    if not isinstance(data, Mapping):
+        raise PromptError(f"{where}: must be an object with role and content")
+    role = data.get("role")
+    if role not in ROLES:
+        raise PromptError(f"{where}.role: must be one of {', '.join(ROLES)}")
+    content = data.get("content")
+    if isinstance(content, str):
+        return Message(role, (Text(content),))
+    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+        raise PromptError(f"{where}.content: must be a string or a list of parts")
+    parts = tuple(_part(item, f"{where}.content[{i}]") for i, item in enumerate(content))
+    if role != "user" and any(isinstance(part, ImagePart) for part in parts):
+        raise PromptError(f"{where}: only a user message carries images")
+    return Message(role, parts)
+
+
+def _part(data: Any, where: str) -> Text | ImagePart:
+    kind = data.get("type") if isinstance(data, Mapping) else None
+    if kind in ("text", "input_text"):
+        if not isinstance(data.get("text"), str):
+            raise PromptError(f"{where}.text: must be a string")
+        return Text(data["text"])
+    if kind in ("image_url", "input_image"):
+        url = data.get("image_url")
+        if isinstance(url, Mapping):
+            url = url.get("url")
+        if not isinstance(url, str) or not url:
+            raise PromptError(f"{where}.image_url: must be a path or a data: URL")
+        return ImagePart(url)
+    if kind == "image":
+        if data.get("image") is None:
+            raise PromptError(f"{where}.image: must be an image")
+        return ImagePart(data["image"])
+    raise PromptError(f"{where}.type: must be text or image_url")
