@@ -1,0 +1,62 @@
+"""What comes back: progress while it is computed, and the answer with its counters."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Work done of one stage, in its own unit."""
+
+    stage: Literal["verify", "vision", "prefill", "decode"]  # bytes, crops, positions, tokens
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """How a picture was used; sizes are (width, height) in pixels."""
+
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    tiling: tuple[int, int]  # rows, columns
+    crops: int  # the thumbnail included
+    reduced: bool  # whether the model saw fewer pixels than the picture has
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, and tokens per second."""
+
+    load: float
+    vision: float
+    prefill: float
+    decode: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it took."""
+
+    answer: str
+    token_ids: tuple[int, ...]  # as generated, without the stop token
+    finish_reason: str  # "stop", or "length": max_tokens or the KV budget was reached
+    prompt_tokens: int  # positions of the prompt, image tokens included
+    cached_tokens: int  # of them, those an earlier turn had left in the KV cache
+    image_tokens: int
+    images: tuple[ImageUse, ...]
+    timings: Timings
+    kv_bytes: int  # allocated for the KV cache
+    peak_rss_bytes: int  # of this process so far
+
+    def __str__(self) -> str:
+        return self.answer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``."""
+        return dataclasses.asdict(self)

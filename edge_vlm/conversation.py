@@ -1,0 +1,382 @@
+"""One conversation's turns: pictures encoded, prompt prefilled, answer generated.
+
+A conversation owns a context. Its KV cache only ever grows by what is new: a turn's own tokens and
+pictures. A turn that fails or is stopped is taken back as if it had not been asked.
+"""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.answer import Answer, ImageUse, Progress, Timings
+from edge_vlm.bundle import ImageProcessor, Manifest
+from edge_vlm.cancel import CancelToken
+from edge_vlm.decoder import Context, Decoder, Sampler
+from edge_vlm.errors import DecoderError
+from edge_vlm.image import load_image
+from edge_vlm.machine import MachineSettings
+from edge_vlm.memory import peak_rss_bytes
+from edge_vlm.messages import Message, Text, check_messages, images_of
+from edge_vlm.options import AskOptions
+from edge_vlm.plan import budget_positions, check_budget, limit_tiles, plan_image
+from edge_vlm.prompt import ImageSpan, PromptBuilder, Rendered, Span, TokenSpan
+from edge_vlm.stitch import stitch
+from edge_vlm.tiling import cut_tiles, n_image_tokens, plan_tiling
+from edge_vlm.vision import VisionTower
+
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+OnProgress = Callable[[Progress], None]
+MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The parts of a loaded model that a turn uses."""
+
+    manifest: Manifest
+    settings: MachineSettings
+    prompts: PromptBuilder
+    vision: VisionTower
+    markers: Float32  # (3, hidden_size), see VisionTower.marker_embeddings
+    decoder: Decoder
+    load_seconds: float
+
+
+@dataclass
+class _Picture:
+    use: ImageUse
+    n_tokens: int
+    pixels: UInt8 | None  # dropped once encoded
+    processor: ImageProcessor
+    rows: Float32 | None = None  # (n_tokens, hidden_size)
+
+
+@dataclass
+class _State:
+    """What the conversation holds so far; replaced as a whole when a turn succeeds."""
+
+    messages: tuple[Message, ...] = ()
+    pictures: tuple[_Picture, ...] = ()
+    text: str = ""  # of the prompt and the answers, as rendered and generated
+    ids: tuple[int, ...] = ()  # one an input position; -1 - i for picture i
+    n_cached: int = 0  # of them, those in the KV cache
+
+
+@dataclass
+class _Clock:
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Conversation:
+    """Turns with one model; use it from one thread at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._context: Context | None = None
+        self._state = _State()
+        self._busy = False
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns so far."""
+        return self._state.messages
+
+    def turn(
+        self,
+        new: Sequence[Message],
+        options: AskOptions,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Iterator[str | Answer]:
+        """Add messages and answer them: yields pieces of text, at last the ``Answer``.
+
+        Raises:
+            InputError: the request is invalid or too large; nothing was computed.
+            Cancelled: ``cancel`` was set.
+            EdgeVLMError: an engine failed.
+        """
+        if self._busy:
+            raise DecoderError("this conversation is already answering; finish or close that first")
+        self._busy = True
+        try:
+            yield from self._turn(new, options, progress or _ignore, cancel)
+        except BaseException:
+            if self._context and self._context.is_open:
+                self._context.truncate(self._state.n_cached)
+            raise
+        finally:
+            self._busy = False
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        if self._context:
+            self._context.close()
+        self._context = None
+        self._state = _State()
+
+    def _turn(
+        self,
+        new: Sequence[Message],
+        options: AskOptions,
+        progress: OnProgress,
+        cancel: CancelToken | None,
+    ) -> Iterator[str | Answer]:
+        engine, old = self._engine, self._state
+        clock = _Clock()
+        messages = (*old.messages, *new)
+        check_messages(messages)
+        processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
+        added = tuple(self._open_picture(source, processor) for source in images_of(new))
+        pictures = (*old.pictures, *added)
+        text, ids = self._prompt(messages, pictures)
+        n_kept = _common_prefix(ids, old.ids[: old.n_cached])
+        context, max_tokens = self._make_room(len(ids), pictures, processor, options)
+        context.truncate(n_kept)
+
+        if cancel:
+            cancel.check()
+        self._encode(pictures, ids[n_kept:], clock, progress, cancel)
+        self._prefill(context, ids, n_kept, pictures, clock, progress, cancel)
+
+        answer_ids: list[int] = []
+        raw = ""
+        finish = "length"
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        started = time.perf_counter()
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        with Sampler(engine.decoder, options, seed) as sampler:
+            while len(answer_ids) < max_tokens:
+                if cancel:
+                    cancel.check()
+                token = sampler.sample(context)
+                if token in engine.manifest.tokens.stop:
+                    finish = "stop"
+                    break
+                answer_ids.append(token)
+                piece = utf8.decode(engine.decoder.piece(token))
+                shown = piece if raw.strip() else piece.lstrip()
+                raw += piece
+                clock.decode = time.perf_counter() - started
+                progress(Progress("decode", len(answer_ids), max_tokens))
+                if shown:
+                    yield shown
+                if len(answer_ids) < max_tokens:
+                    before = time.perf_counter()
+                    context.append_tokens([token], logits=True, cancel=cancel)
+                    started += before - before  # time spent by the reader of pieces is not ours
+        if rest := utf8.decode(b"", final=True):
+            raw += rest
+            yield rest
+
+        reply = Message("assistant", (Text(raw.removeprefix(" ")),))
+        self._state = _State(
+            messages=(*messages, reply),
+            pictures=pictures,
+            text=text + raw,
+            ids=(*ids, *answer_ids),
+            n_cached=context.n_positions,
+        )
+        yield Answer(
+            answer=raw.strip(),
+            token_ids=tuple(answer_ids),
+            finish_reason=finish,
+            prompt_tokens=len(ids),
+            cached_tokens=n_kept,
+            image_tokens=sum(picture.n_tokens for picture in pictures),
+            images=tuple(picture.use for picture in pictures),
+            timings=_timings(clock, engine, len(ids) - n_kept, len(answer_ids)),
+            kv_bytes=context.kv_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _open_picture(self, source: object, processor: ImageProcessor) -> _Picture:
+        settings = self._engine.settings
+        pixels = load_image(
+            source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
+        )
+        height, width = pixels.shape[:2]
+        plan = plan_image(
+            width, height, processor, self._engine.manifest.decoder, settings.kv_type
+        )
+        use = ImageUse(plan.size, plan.resized, plan.tiling, plan.crops, plan.reduced)
+        return _Picture(use, plan.image_tokens, pixels, processor)
+
+    def _prompt(
+        self, messages: Sequence[Message], pictures: Sequence[_Picture]
+    ) -> tuple[str, tuple[int, ...]]:
+        """Text and ids of the whole prompt.
+
+        What was generated keeps its ids: if the conversation so far is rendered to the very text
+        that is cached, only the rest is tokenized.
+        """
+        prompts, old = self._engine.prompts, self._state
+        rendered = prompts.render(messages)
+        text = rendered.plain
+        if old.ids and text.startswith(old.text):
+            rest = Rendered(_after(rendered, len(old.text)), rendered.mark)
+            spans = prompts.spans(rest, first=False)
+            return text, (*old.ids, *_ids(spans, pictures, len(old.pictures)))
+        return text, _ids(prompts.spans(rendered, first=True), pictures, 0)
+
+    def _make_room(
+        self,
+        n_prompt: int,
+        pictures: Sequence[_Picture],
+        processor: ImageProcessor,
+        options: AskOptions,
+    ) -> tuple[Context, int]:
+        """A context for the prompt and its answer, and the answer's largest length in it."""
+        engine, settings = self._engine, self._engine.settings
+        geometry = engine.manifest.decoder
+        check_budget(
+            n_prompt + min(options.max_tokens, MIN_ANSWER_TOKENS),
+            [(p.use.size[1], p.use.size[0]) for p in pictures],
+            processor,
+            geometry,
+            settings.kv_budget,
+            settings.kv_type,
+        )
+        allowed = budget_positions(geometry, settings.kv_budget, settings.kv_type)
+        max_tokens = min(options.max_tokens, allowed - n_prompt)
+        if self._context is None:
+            self._context = engine.decoder.context(n_prompt + max_tokens)
+        else:
+            self._context.reserve(n_prompt + max_tokens)
+        return self._context, max_tokens
+
+    def _encode(
+        self,
+        pictures: Sequence[_Picture],
+        ids: Sequence[int],
+        clock: _Clock,
+        progress: OnProgress,
+        cancel: CancelToken | None,
+    ) -> None:
+        """Encode the pictures that are prefilled now and were not encoded before."""
+        engine = self._engine
+        wanted = {-1 - value for value in ids if value < 0}
+        waiting = [p for i, p in enumerate(pictures) if i in wanted and p.rows is None]
+        total = sum(picture.use.crops for picture in waiting)
+        done = 0
+        started = time.perf_counter()
+        if total:
+            progress(Progress("vision", 0, total))
+        for picture in waiting:
+
+            def report(n_crops: int, before: int = done) -> None:
+                progress(Progress("vision", before + n_crops, total))
+
+            if picture.pixels is None:
+                raise DecoderError("a picture's pixels are gone")  # encoded ones have rows
+            tiles = cut_tiles(picture.pixels, picture.processor)
+            crops = engine.vision.encode(tiles, cancel=cancel, progress=report)
+            picture.rows = stitch(crops, engine.markers, tiles.plan, picture.processor)
+            picture.pixels = None
+            done += picture.use.crops
+        clock.vision = time.perf_counter() - started
+
+    def _prefill(
+        self,
+        context: Context,
+        ids: Sequence[int],
+        n_kept: int,
+        pictures: Sequence[_Picture],
+        clock: _Clock,
+        progress: OnProgress,
+        cancel: CancelToken | None,
+    ) -> None:
+        """Put positions ``n_kept`` and after into the KV cache; logits for the last one."""
+        started = time.perf_counter()
+        position, end = n_kept, len(ids)
+        progress(Progress("prefill", 0, end - n_kept))
+        while position < end:
+            stop = position + 1
+            while stop < end and (
+                ids[stop] == ids[position] if ids[position] < 0 else ids[stop] >= 0
+            ):
+                stop += 1
+
+            def report(n_done: int, before: int = position - n_kept) -> None:
+                progress(Progress("prefill", before + n_done, end - n_kept))
+
+            last = stop == end
+            if ids[position] >= 0:
+                context.append_tokens(
+                    ids[position:stop], logits=last, cancel=cancel, progress=report
+                )
+            else:
+                index = -1 - ids[position]
+                first = ids.index(ids[position])
+                rows = pictures[index].rows
+                if rows is None:
+                    raise DecoderError("a picture was not encoded")
+                context.append_embeddings(
+                    rows[position - first : stop - first],
+                    logits=last,
+                    cancel=cancel,
+                    progress=report,
+                )
+            position = stop
+        clock.prefill = time.perf_counter() - started
+
+
+def _ids(spans: Sequence[Span], pictures: Sequence[_Picture], n_before: int) -> tuple[int, ...]:
+    """One number a position: a token id, or -1 - i where picture i's rows go."""
+    ids: list[int] = []
+    for span in spans:
+        if isinstance(span, TokenSpan):
+            ids += span.ids
+        else:
+            index = n_before + span.index
+            ids += [-1 - index] * pictures[index].n_tokens
+    return tuple(ids)
+
+
+def _after(rendered: Rendered, n_plain: int) -> str:
+    """What follows the first ``n_plain`` characters that are not marks."""
+    for index, character in enumerate(rendered.text):
+        if n_plain == 0 and character != rendered.mark:
+            return rendered.text[index:]
+        if character != rendered.mark:
+            n_plain -= 1
+    return ""
+
+
+def _common_prefix(ids: Sequence[int], cached: Sequence[int]) -> int:
+    """Leading positions that are the same; at least one is left to compute logits from."""
+    n = 0
+    for new, old in zip(ids[:-1], cached, strict=False):
+        if new != old:
+            break
+        n += 1
+    return n
+
+
+def _timings(clock: _Clock, engine: Engine, n_prefilled: int, n_decoded: int) -> Timings:
+    return Timings(
+        load=engine.load_seconds,
+        vision=clock.vision,
+        prefill=clock.prefill,
+        decode=clock.decode,
+        prefill_tokens_per_second=_rate(n_prefilled, clock.prefill),
+        decode_tokens_per_second=_rate(n_decoded, clock.decode),
+    )
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+def _ignore(_: Progress) -> None:
+    pass

@@ -1,0 +1,392 @@
+"""The language model in llama.cpp: weights and vocabulary, and contexts that hold a KV cache.
+
+llama-cpp-python's low-level functions mirror ``llama.h`` of the pinned release.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.bundle import DECODER_NAME, Bundle
+from edge_vlm.cancel import CancelToken
+from edge_vlm.errors import BundleError, Cancelled, DecoderError
+from edge_vlm.machine import KV_TYPES
+from edge_vlm.options import AskOptions
+from edge_vlm.plan import CONTEXT_STEP
+
+Float32 = npt.NDArray[np.float32]
+_ABORTED = 2  # llama_decode's result when the abort callback answered true
+_LOG_ERROR = 4
+
+
+class Decoder:
+    """Weights, vocabulary and chat template of a bundle's ``decoder.gguf``.
+
+    Raises:
+        BundleError: llama.cpp cannot load it, or it differs from the manifest.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int, batch_size: int, kv_type: str, logs: bool = False
+    ) -> None:
+        self._path = bundle.file(DECODER_NAME)
+        self._geometry = bundle.manifest.decoder
+        self._threads = threads
+        self._batch_size = batch_size
+        self._kv_type = kv_type
+        self._closed = False
+        self._api = _api()
+        _set_logs(logs)
+        params = self._api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        _recent_errors.clear()
+        self._model = self._api.llama_model_load_from_file(str(self._path).encode(), params)
+        if not self._model:
+            raise BundleError(f"{self._path}: llama.cpp cannot load it{_because()}")
+        # Freed when closed or forgotten, but never under a context, which keeps a reference.
+        self._free = weakref.finalize(self, self._api.llama_model_free, self._model)
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self._check_geometry()
+
+    @property
+    def n_ids(self) -> int:
+        """Size of the token table, the ids that are only read included."""
+        return int(self._api.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def chat_template(self) -> str:
+        """Text of the chat template in the GGUF.
+
+        Raises:
+            BundleError: there is none.
+        """
+        text = self._api.llama_model_chat_template(self._model, None)
+        if not text:
+            raise BundleError(f"{self._path}: has no chat template")
+        return bytes(text).decode("utf-8", "replace")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text: special tokens are neither recognised nor added."""
+        data = text.encode("utf-8")
+        ids = (self._api.llama_token * (len(data) + 1))()
+        n = self._api.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
+        if n < 0:
+            raise DecoderError("llama.cpp could not tokenize the text")
+        return list(ids[:n])
+
+    def piece(self, token: int) -> bytes:
+        """Bytes that a token stands for; none for special tokens. May be part of a character."""
+        buffer = ctypes.create_string_buffer(256)
+        n = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:n]
+
+    def context(self, n_positions: int) -> Context:
+        """A context with room for at least ``n_positions``.
+
+        Raises:
+            DecoderError: llama.cpp could not create it.
+        """
+        if self._closed:
+            raise DecoderError("the model was closed")
+        context = Context(self, n_positions)
+        self._contexts.add(context)
+        return context
+
+    def close(self) -> None:
+        """Free the weights, or leave that to the last context that is still open."""
+        self._closed = True
+        if not any(context.is_open for context in self._contexts):
+            self._free()
+
+    def _check_geometry(self) -> None:
+        api, model, geometry = self._api, self._model, self._geometry
+        found = {
+            "hidden_size": api.llama_model_n_embd(model),
+            "n_layers": api.llama_model_n_layer(model),
+            "n_heads": api.llama_model_n_head(model),
+            "n_kv_heads": api.llama_model_n_head_kv(model),
+        }
+        expected: dict[str, int] = {name: getattr(geometry, name) for name in found}
+        found["vocabulary"] = self.n_ids
+        expected["vocabulary"] = geometry.vocab_size + geometry.additional_vocab_size
+        for name, value in found.items():
+            if value != expected[name]:
+                self.close()
+                raise BundleError(
+                    f"{self._path}: has {name} {value}, the manifest says {expected[name]}"
+                )
+
+
+class Context:
+    """One sequence in a KV cache. Not safe for use by two threads at once."""
+
+    def __init__(self, decoder: Decoder, n_positions: int) -> None:
+        self._decoder = decoder
+        self._api = decoder._api
+        self._hold(self._create(n_positions))
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return int(self._api.llama_n_ctx(self._open()))
+
+    @property
+    def n_positions(self) -> int:
+        """Positions in use."""
+        return 1 + int(self._api.llama_memory_seq_pos_max(self._memory(), 0))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for the KV cache."""
+        return kv_bytes(self.capacity, self._decoder)
+
+    def reserve(self, n_positions: int) -> None:
+        """Make room for ``n_positions`` in all; what is cached stays.
+
+        Raises:
+            DecoderError: llama.cpp could not create the larger context.
+        """
+        if n_positions <= self.capacity:
+            return
+        api = self._api
+        old = self._open()
+        size = api.llama_state_seq_get_size(old, 0)
+        state = (ctypes.c_uint8 * size)()
+        n = api.llama_state_seq_get_data(old, state, size, 0)
+        new = self._create(n_positions)
+        if self.n_positions and not api.llama_state_seq_set_data(new, state, n, 0):
+            api.llama_free(new)
+            raise DecoderError("llama.cpp could not move the KV cache to a larger context")
+        self._free()
+        self._hold(new)
+
+    def truncate(self, n_positions: int) -> None:
+        """Forget everything from position ``n_positions`` on."""
+        self._api.llama_memory_seq_rm(self._memory(), 0, n_positions, -1)
+
+    def append_tokens(self, ids: Sequence[int], **options: Any) -> None:
+        """Prefill token ids; options as ``append_embeddings``."""
+        self._append(np.asarray(ids, np.int32), **options)
+
+    def append_embeddings(self, rows: Float32, **options: Any) -> None:
+        """Prefill rows of shape (n, hidden_size), batch by batch.
+
+        Args:
+            rows: decoder input embeddings, float32.
+            options: ``logits`` (default false) computes them for the last position, ``cancel``
+                stops between two operators, ``progress`` is called with the positions done.
+
+        Raises:
+            Cancelled: ``cancel`` was set; the batches done stay cached.
+            DecoderError: llama.cpp failed.
+        """
+        self._append(np.ascontiguousarray(rows, np.float32), **options)
+
+    def logits(self) -> Float32:
+        """(vocabulary,) float32: scores of the token that follows, a copy."""
+        pointer = self._api.llama_get_logits_ith(self._open(), -1)
+        return np.ctypeslib.as_array(pointer, (self._decoder.n_ids,)).copy()
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._free()
+        self._context = None
+        if self._decoder._closed:
+            self._decoder.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was not closed yet."""
+        return self._context is not None
+
+    def _hold(self, context: Any) -> None:
+        self._context = context
+        self._free = weakref.finalize(self, self._api.llama_free, context)
+
+    def _create(self, n_positions: int) -> Any:
+        decoder, api = self._decoder, self._api
+        params = api.llama_context_default_params()
+        params.n_ctx = -(-n_positions // CONTEXT_STEP) * CONTEXT_STEP
+        params.n_batch = params.n_ubatch = min(decoder._batch_size, params.n_ctx)
+        params.n_outputs_max = 1  # logits are read for the last position only
+        params.n_threads = params.n_threads_batch = decoder._threads
+        params.type_k = params.type_v = _ggml_type(decoder._kv_type)
+        params.no_perf = True
+        _recent_errors.clear()
+        context = api.llama_init_from_model(decoder._model, params)
+        if not context:
+            raise DecoderError(f"llama.cpp could not create a context{_because()}")
+        return context
+
+    def _append(
+        self,
+        rows: npt.NDArray[Any],
+        *,
+        logits: bool = False,
+        cancel: CancelToken | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        api, context = self._api, self._open()
+        step = int(api.llama_n_batch(context))
+        if cancel:
+            address = ctypes.cast(cancel.buffer, ctypes.c_void_p)
+            api.llama_set_abort_callback(context, _abort_when_set(), address)
+        try:
+            for start in range(0, len(rows), step):
+                if cancel:
+                    cancel.check()
+                part = rows[start : start + step]
+                wanted = np.zeros(len(part), np.int8)
+                wanted[-1] = logits and start + len(part) == len(rows)
+                self._decode(part, wanted, cancel)
+                if progress:
+                    progress(start + len(part))
+        finally:
+            if cancel:
+                api.llama_set_abort_callback(context, _never_abort(), None)
+
+    def _decode(
+        self, part: npt.NDArray[Any], wanted: npt.NDArray[np.int8], cancel: CancelToken | None
+    ) -> None:
+        api = self._api
+        batch = api.llama_batch()  # no positions, no sequence ids: the next ones of sequence 0
+        batch.n_tokens = len(part)
+        if part.ndim == 1:
+            batch.token = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        else:
+            batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        _recent_errors.clear()
+        result = api.llama_decode(self._open(), batch)
+        if result == 0:
+            return
+        if result == _ABORTED and cancel and cancel.is_set:
+            raise Cancelled("stopped while the decoder was working")
+        raise DecoderError(f"llama.cpp failed with code {result}{_because()}")
+
+    def _memory(self) -> Any:
+        return self._api.llama_get_memory(self._open())
+
+    def _open(self) -> Any:
+        if not self._context:
+            raise DecoderError("the context was closed")
+        return self._context
+
+
+class Sampler:
+    """Picks the next token from a context's logits; ids that are only read never win."""
+
+    def __init__(self, decoder: Decoder, options: AskOptions, seed: int) -> None:
+        self._api = api = decoder._api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        geometry = decoder._geometry
+        n_extra = geometry.additional_vocab_size
+        if n_extra:
+            bias = (api.llama_logit_bias * n_extra)()
+            for index in range(n_extra):
+                bias[index].token = geometry.vocab_size + index
+                bias[index].bias = -np.inf
+            never = api.llama_sampler_init_logit_bias(decoder.n_ids, n_extra, bias)
+            api.llama_sampler_chain_add(chain, never)
+        if options.temperature == 0:
+            api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
+        else:
+            for link in (
+                api.llama_sampler_init_top_p(options.top_p, 1),
+                api.llama_sampler_init_min_p(options.min_p, 1),
+                api.llama_sampler_init_temp(options.temperature),
+                api.llama_sampler_init_dist(seed),
+            ):
+                api.llama_sampler_chain_add(chain, link)
+        self._chain = chain
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._api.llama_sampler_free(self._chain)
+
+    def sample(self, context: Context) -> int:
+        """The next token."""
+        return int(self._api.llama_sampler_sample(self._chain, context._open(), -1))
+
+
+def kv_bytes(n_positions: int, decoder: Decoder) -> int:
+    """Bytes of KV cache for a number of positions."""
+    return n_positions * decoder._geometry.kv_bytes_per_token(KV_TYPES[decoder._kv_type])
+
+
+_recent_errors: collections.deque[str] = collections.deque(maxlen=8)
+_print_logs = False
+
+
+def _because() -> str:
+    """The first error llama.cpp logged since the deque was cleared, as the end of a message."""
+    return f": {_recent_errors[0]}" if _recent_errors else ""
+
+
+@cache
+def _api() -> Any:
+    """llama-cpp-python's low-level module with its backend started."""
+    import llama_cpp
+
+    api = llama_cpp.llama_cpp
+    api.llama_log_set(_log, ctypes.c_void_p())
+    api.llama_backend_init()
+    return api
+
+
+def _set_logs(enabled: bool) -> None:
+    global _print_logs  # llama.cpp's log callback is one for the process too
+    _print_logs = enabled
+
+
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    message = text.decode("utf-8", "replace")
+    if level == _LOG_ERROR:
+        _recent_errors.append(" ".join(message.split())[:300])
+    if _print_logs:
+        sys.stderr.write(message)
+
+
+_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_on_log)
+
+
+@cache
+def _abort_when_set() -> Any:
+    """An abort callback without Python in it.
+
+    llama.cpp asks it before every operator, from its own threads; a Python function would take the
+    interpreter's lock thousands of times a second. strlen() of a token's buffer is 0 until the
+    token is set and 1 afterwards, which is just what the callback has to answer.
+    """
+    libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+    return ctypes.cast(libc.strlen, _api().ggml_abort_callback)
+
+
+@cache
+def _never_abort() -> Any:
+    return ctypes.cast(None, _api().ggml_abort_callback)
+
+
+def _ggml_type(name: str) -> int:
+    return int(getattr(_api(), f"GGML_TYPE_{name.upper()}"))

@@ -1,0 +1,70 @@
+"""Where files are kept: bundles that come with the package or were installed, and the cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from edge_vlm.errors import BundleError
+
+APP = "edge-vlm"
+EMBEDDED = "demo"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def cache_folder() -> Path:
+    """``EDGE_VLM_CACHE``, else the platform's folder for caches."""
+    if folder := os.environ.get("EDGE_VLM_CACHE"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir(APP))
+
+
+def bundles_folder() -> Path:
+    """``EDGE_VLM_BUNDLES``, else ``bundles`` in the platform's folder for data."""
+    if folder := os.environ.get("EDGE_VLM_BUNDLES"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir(APP)) / "bundles"
+
+
+def embedded_bundle() -> Path:
+    """The model that comes with the package."""
+    package = Path(__file__).parent
+    installed = package / "_bundles" / EMBEDDED
+    if installed.is_dir():
+        return installed
+    return package.parent / "models" / EMBEDDED / "bundle"  # a source checkout
+
+
+def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of a bundle: a path, or the name of an embedded or installed one.
+
+    Raises:
+        BundleError: there is none of that name.
+    """
+    model = model or os.environ.get("EDGE_VLM_MODEL") or EMBEDDED
+    if not isinstance(model, str):
+        return Path(model)
+    if os.sep in model or (os.altsep and os.altsep in model) or Path(model).is_dir():
+        return Path(model)
+    if not _NAME.fullmatch(model):
+        raise BundleError(f"{model[:100]!r}: is not the name of a model")
+    installed = bundles_folder() / model
+    if installed.is_dir():
+        return installed
+    if model == EMBEDDED:
+        return embedded_bundle()
+    raise BundleError(
+        f"{model}: no such model; give a bundle's folder or one of {', '.join(installed_names())}"
+    )
+
+
+def installed_names() -> list[str]:
+    """Names that ``find_bundle`` knows."""
+    folder = bundles_folder()
+    found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    return sorted({EMBEDDED, *found})

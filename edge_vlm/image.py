@@ -1,0 +1,229 @@
+"""From a file, bytes or an image object to RGB pixels.
+
+Pictures are untrusted. Only the decoders named here are ever used, sizes are checked from the
+header before a pixel is decoded, and a file that ends early is an error, never a half-grey picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+EXTRA_FORMATS = ("TIFF", "AVIF")  # on request only
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 256 << 20
+
+_PLUGINS = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "GIF": "GifImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "AVIF": "AvifImagePlugin",
+}
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
+_pillow_globals = threading.Lock()
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def load_image(
+    source: Any,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    extra_formats: Sequence[str] = (),
+) -> UInt8:
+    """Read a picture.
+
+    Args:
+        source: path, ``data:`` URL, bytes of a file, PIL image, or array of shape (h, w),
+            (h, w, 1), (h, w, 3) or (h, w, 4), uint8 or uint16.
+        max_pixels: largest width x height that is decoded.
+        extra_formats: of ``EXTRA_FORMATS``, those to accept besides ``FORMATS``.
+
+    Returns:
+        (height, width, 3) uint8, EXIF orientation applied, alpha dropped. Of an animation the
+        first frame.
+
+    Raises:
+        ImageError: it cannot be read; the message names the picture and the reason.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "the image", max_pixels, extra_formats)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _decode(_data_url(source), "the data: URL", max_pixels, extra_formats)
+    if isinstance(source, str | os.PathLike):
+        label = os.fsdecode(os.fspath(source))
+        if re.match(r"[a-z][a-z0-9+.-]+://", label, re.IGNORECASE):
+            raise ImageError(f"{label[:200]}: URLs are not fetched; download the picture first")
+        return _decode(_read_file(Path(label), label), label, max_pixels, extra_formats)
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        with _pillow_errors("the image"):
+            return _to_rgb(source, "the image", max_pixels)
+    raise ImageError(
+        f"an image is a path, bytes, a PIL image or an array, not {type(source).__name__}"
+    )
+
+
+def _read_file(path: Path, label: str) -> bytes:
+    try:
+        # Looked at before it is opened: opening a FIFO would wait for a writer.
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise ImageError(f"{label}: is a folder, not a picture")
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError(f"{label}: is not a regular file")
+        if info.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"{label}: is larger than {MAX_FILE_BYTES >> 20} MiB")
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{label}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise ImageError(f"{label!r}: {error}") from error
+
+
+def _data_url(url: str) -> bytes:
+    match = _DATA_URL.match(url)
+    if not match:
+        raise ImageError("the data: URL is not of the form data:image/...;base64,...")
+    if len(url) > MAX_FILE_BYTES * 4 // 3 + 1000:
+        raise ImageError(f"the data: URL holds more than {MAX_FILE_BYTES >> 20} MiB")
+    try:
+        return base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the data: URL is not valid base64 ({error})") from error
+
+
+def _decode(data: bytes, label: str, max_pixels: int, extra_formats: Sequence[str]) -> UInt8:
+    if not data:
+        raise ImageError(f"{label}: is empty")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{label}: is larger than {MAX_FILE_BYTES >> 20} MiB")
+    formats = _allowed(extra_formats)
+    from PIL import Image, UnidentifiedImageError
+
+    with _pillow_errors(label):
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"{label}: is not a picture in a format that is read ({', '.join(formats)})"
+            ) from error
+        with image:
+            return _to_rgb(image, label, max_pixels)
+
+
+def _allowed(extra_formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats to accept, their decoders imported: Pillow would import all others too."""
+    extra = tuple(name.upper() for name in extra_formats)
+    for name in extra:
+        if name not in EXTRA_FORMATS:
+            raise ImageError(f"format {name}: only {' and '.join(EXTRA_FORMATS)} can be added")
+    formats = (*FORMATS, *extra)
+    for name in formats:
+        __import__(f"PIL.{_PLUGINS[name]}")
+    from PIL import Image
+
+    missing = [name for name in extra if name not in Image.OPEN]
+    if missing:
+        raise ImageError(f"format {missing[0]}: this build of Pillow cannot read it")
+    return tuple(name for name in formats if name in Image.OPEN)
+
+
+def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
+    from PIL import ImageOps
+
+    width, height = image.size
+    _check_size(width, height, label, max_pixels)
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: S110 - broken EXIF says nothing about the pixels; keep them as stored
+        pass
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+            raise ImageError(f"{label}: has {image.mode}-mode pixels; save it as 8 or 16 bit")
+        return _from_array(values.astype(np.uint16), max_pixels)
+    if image.mode.startswith("I;16"):
+        return _from_array(np.asarray(image).astype(np.uint16), max_pixels)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)
+
+
+def _from_array(array: npt.NDArray[Any], max_pixels: int) -> UInt8:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ImageError(
+            f"an image array has shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), not {array.shape}"
+        )
+    _check_size(array.shape[1], array.shape[0], "the image", max_pixels)
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)  # the high byte, as PNG readers do
+    elif array.dtype != np.uint8:
+        raise ImageError(f"an image array is uint8 or uint16, not {array.dtype}")
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return np.ascontiguousarray(array[..., :3])
+
+
+def _check_size(width: int, height: int, label: str, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{label}: has no pixels ({width}x{height})")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{label}: has {width}x{height} = {width * height / 1e6:.0f} megapixels, more than"
+            f" the limit of {max_pixels / 1e6:g}; make it smaller or raise the limit"
+        )
+
+
+@contextmanager
+def _pillow_errors(label: str) -> Iterator[None]:
+    """Convert whatever Pillow raises, and keep its global switches from changing the result."""
+    from PIL import Image, ImageFile
+
+    with _pillow_globals, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own size warning starts below our limit
+        truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        bomb, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked instead
+        try:
+            yield
+        except ImageError:
+            raise
+        except MemoryError as error:
+            raise ImageError(f"{label}: not enough memory to decode it") from error
+        except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error
+            reason = str(error) or type(error).__name__
+            raise ImageError(f"{label}: is damaged or cut short ({reason})") from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+            Image.MAX_IMAGE_PIXELS = bomb

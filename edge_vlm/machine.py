@@ -1,0 +1,101 @@
+"""What this machine gives: threads, memory, limits. None of it changes an answer's meaning."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from edge_vlm.errors import InputError
+from edge_vlm.image import MAX_PIXELS
+
+KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
+KV_TYPES = {"f32": 4.0, "f16": 2.0}  # bytes per element
+
+
+def default_threads() -> int:
+    """Physical cores this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    physical = psutil.cpu_count(logical=False)
+    return max(1, min(usable or 1, physical or usable or 1))
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """Settings of the machine; ``from_environment`` reads them from ``EDGE_VLM_*``.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    threads: int = field(default_factory=default_threads)
+    kv_budget: int = KV_BUDGET  # bytes
+    kv_type: str = "f16"  # element type of the KV cache
+    batch_size: int = 512  # positions computed at once during prefill
+    max_pixels: int = MAX_PIXELS  # of a picture
+    image_formats: tuple[str, ...] = ()  # accepted besides the usual ones
+    engine_logs: bool = False  # let llama.cpp and onnxruntime write to stderr
+
+    def __post_init__(self) -> None:
+        limits = {
+            "threads": (1, 1024),
+            "kv_budget": (1, 1 << 44),
+            "batch_size": (1, 1 << 16),
+            "max_pixels": (1, 1 << 31),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
+        if self.kv_type not in KV_TYPES:
+            raise InputError(f"kv_type: must be one of {', '.join(KV_TYPES)}, not {self.kv_type}")
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, **overrides: object
+    ) -> MachineSettings:
+        """Overrides that are not None, else ``EDGE_VLM_THREADS``, ``EDGE_VLM_KV_BUDGET``,
+        ``EDGE_VLM_MAX_PIXELS`` and ``EDGE_VLM_ENGINE_LOGS``, else defaults.
+
+        Raises:
+            InputError: a variable does not hold what it should.
+        """
+        environment = os.environ if environment is None else environment
+        values: dict[str, object] = {}
+        readers = {
+            "threads": _whole_number,
+            "kv_budget": parse_size,
+            "max_pixels": parse_size,
+            "engine_logs": lambda text: text.lower() not in ("0", "false", "no", "off"),
+        }
+        for name, read in readers.items():
+            variable = f"EDGE_VLM_{name.upper()}"
+            if environment.get(variable):
+                try:
+                    values[name] = read(environment[variable])
+                except ValueError as error:
+                    raise InputError(f"{variable}: {error}") from error
+        values |= {name: value for name, value in overrides.items() if value is not None}
+        return cls(**values)  # type: ignore[arg-type]  # checked in __post_init__
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``530MB``, ``0.5GiB`` or ``1000000``.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not a size such as 530MB or 0.5GiB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _whole_number(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)

@@ -1,0 +1,48 @@
+"""What one call wants."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edge_vlm.errors import PromptError
+
+DEFAULT_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """Options of one answer.
+
+    Raises:
+        PromptError: a value is out of its range; the message names it.
+    """
+
+    max_tokens: int = DEFAULT_MAX_TOKENS  # of the answer
+    temperature: float = 0.0  # 0 takes the likeliest token each time (greedy)
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
+    seed: int | None = None  # of the sampler; None draws one
+    max_tiles: int | None = None  # crops besides the thumbnail; None for the model's maximum
+    system: str | None = None  # a system message in front of the conversation
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, 1 << 20)
+        _check("temperature", self.temperature, 0, 100)
+        _check("top_p", self.top_p, 0, 1)
+        _check("min_p", self.min_p, 0, 1)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, (1 << 32) - 1)
+        if self.max_tiles is not None:
+            _check("max_tiles", self.max_tiles, 1, 1024)
+        if self.system is not None and not isinstance(self.system, str):
+            raise PromptError("system: must be a string")
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    whole = name not in ("temperature", "top_p", "min_p")
+    kinds = int if whole else (int, float)
+    valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise PromptError(f"{name}: must be {kind} from {low} to {high}, not {value!r}")
