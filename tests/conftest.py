@@ -1,0 +1,120 @@
+"""Fixtures shared by all tests: the golden checkpoints, and bundles exported from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = ("tiny-378", "tiny-126-tied")
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One prompt and the numbers the published implementation gives for it."""
+
+    model: str
+    name: str
+    images: tuple[Path, ...]
+    data: dict[str, Any]  # the entry of cases.json
+    arrays_path: Path
+
+    @cached_property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of ``cases/<name>.npz``; golden/README.md lists them."""
+        with np.load(self.arrays_path) as arrays:
+            return dict(arrays)
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.name}"
+
+
+@dataclass(frozen=True)
+class GoldenModel:
+    """One tiny checkpoint with its cases."""
+
+    name: str
+    folder: Path
+    cases: dict[str, GoldenCase]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint's folder."""
+        return self.folder / "checkpoint"
+
+
+def load_golden(name: str) -> GoldenModel:
+    """A golden model; its arrays are read when asked for."""
+    folder = GOLDEN / name
+    listed = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
+    cases = {
+        data["name"]: GoldenCase(
+            model=name,
+            name=data["name"],
+            images=tuple(folder / "images" / image for image in data["images"]),
+            data=data,
+            arrays_path=folder / data["arrays"],
+        )
+        for data in listed
+    }
+    return GoldenModel(name, folder, cases)
+
+
+def golden_cases() -> list[GoldenCase]:
+    """All cases of all golden models, for ``pytest.mark.parametrize(..., ids=str)``."""
+    return [case for name in GOLDEN_NAMES for case in load_golden(name).cases.values()]
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, GoldenModel]:
+    """The golden models by name: "tiny-378" and "tiny-126-tied"."""
+    return {name: load_golden(name) for name in GOLDEN_NAMES}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``bundle(name, vision="fp32", decoder="f32")``: an exported golden model, made once.
+
+    Tests share the folder: copy it before changing anything in it.
+    """
+    made: dict[tuple[str, str, str], Path] = {}
+    root = tmp_path_factory.mktemp("bundles")
+
+    def export(name: str, vision: str = "fp32", decoder: str = "f32") -> Path:
+        from edge_vlm_export import export_checkpoint
+
+        key = (name, vision, decoder)
+        if key not in made:
+            made[key] = export_checkpoint(
+                GOLDEN / name / "checkpoint",
+                root / "-".join(key),
+                vision=vision,
+                decoder=decoder,
+                name=name,
+            )
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(autouse=True)
+def _no_user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tests away from the user's folders and settings."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith("EDGE_VLM_")]:
+            patch.delenv(variable)
+        for variable in ("HOME", "USERPROFILE", "LOCALAPPDATA", "APPDATA"):
+            patch.setenv(variable, str(home))
+        for variable in ("CACHE", "CONFIG", "DATA", "STATE"):
+            patch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
+        yield
