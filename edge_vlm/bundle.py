@@ -168,7 +168,9 @@ class FileRecord(_Part):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$", max_length=100)]
+FileName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$", max_length=100)
+]
 
 
 class Manifest(_Part):

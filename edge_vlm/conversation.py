@@ -10,7 +10,7 @@ import codecs
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,9 @@ from edge_vlm.memory import peak_rss_bytes
 from edge_vlm.messages import Message, Text, check_messages, images_of
 from edge_vlm.options import AskOptions
 from edge_vlm.plan import budget_positions, check_budget, limit_tiles, plan_image
-from edge_vlm.prompt import ImageSpan, PromptBuilder, Rendered, Span, TokenSpan
+from edge_vlm.prompt import PromptBuilder, Rendered, Span, TokenSpan
 from edge_vlm.stitch import stitch
-from edge_vlm.tiling import cut_tiles, n_image_tokens, plan_tiling
+from edge_vlm.tiling import cut_tiles
 from edge_vlm.vision import VisionTower
 
 Float32 = npt.NDArray[np.float32]
@@ -75,7 +75,6 @@ class _Clock:
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
 
 
 class Conversation:
@@ -153,28 +152,26 @@ class Conversation:
         raw = ""
         finish = "length"
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        started = time.perf_counter()
         seed = secrets.randbits(32) if options.seed is None else options.seed
         with Sampler(engine.decoder, options, seed) as sampler:
             while len(answer_ids) < max_tokens:
+                started = time.perf_counter()
                 if cancel:
                     cancel.check()
+                if answer_ids:
+                    context.append_tokens(answer_ids[-1:], logits=True, cancel=cancel)
                 token = sampler.sample(context)
+                clock.decode += time.perf_counter() - started  # the reader's time is not ours
                 if token in engine.manifest.tokens.stop:
                     finish = "stop"
                     break
                 answer_ids.append(token)
+                progress(Progress("decode", len(answer_ids), max_tokens))
                 piece = utf8.decode(engine.decoder.piece(token))
                 shown = piece if raw.strip() else piece.lstrip()
                 raw += piece
-                clock.decode = time.perf_counter() - started
-                progress(Progress("decode", len(answer_ids), max_tokens))
                 if shown:
                     yield shown
-                if len(answer_ids) < max_tokens:
-                    before = time.perf_counter()
-                    context.append_tokens([token], logits=True, cancel=cancel)
-                    started += before - before  # time spent by the reader of pieces is not ours
         if rest := utf8.decode(b"", final=True):
             raw += rest
             yield rest
@@ -206,9 +203,7 @@ class Conversation:
             source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
         )
         height, width = pixels.shape[:2]
-        plan = plan_image(
-            width, height, processor, self._engine.manifest.decoder, settings.kv_type
-        )
+        plan = plan_image(width, height, processor, self._engine.manifest.decoder, settings.kv_type)
         use = ImageUse(plan.size, plan.resized, plan.tiling, plan.crops, plan.reduced)
         return _Picture(use, plan.image_tokens, pixels, processor)
 

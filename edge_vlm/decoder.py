@@ -136,6 +136,8 @@ class Context:
     def __init__(self, decoder: Decoder, n_positions: int) -> None:
         self._decoder = decoder
         self._api = decoder._api
+        self._context: Any = None
+        self._free: weakref.finalize[..., Context]
         self._hold(self._create(n_positions))
 
     def __enter__(self) -> Context:
@@ -204,7 +206,8 @@ class Context:
     def logits(self) -> Float32:
         """(vocabulary,) float32: scores of the token that follows, a copy."""
         pointer = self._api.llama_get_logits_ith(self._open(), -1)
-        return np.ctypeslib.as_array(pointer, (self._decoder.n_ids,)).copy()
+        logits: Float32 = np.ctypeslib.as_array(pointer, (self._decoder.n_ids,)).copy()
+        return logits
 
     def close(self) -> None:
         """Free the KV cache."""
@@ -231,6 +234,9 @@ class Context:
         params.n_threads = params.n_threads_batch = decoder._threads
         params.type_k = params.type_v = _ggml_type(decoder._kv_type)
         params.no_perf = True
+        # On a CPU, llama.cpp's flash attention moves logits by 1.6 % of their range at 1,776
+        # positions even in float32; without it they are right to 5e-5.
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _recent_errors.clear()
         context = api.llama_init_from_model(decoder._model, params)
         if not context:
@@ -385,7 +391,7 @@ def _abort_when_set() -> Any:
 
 @cache
 def _never_abort() -> Any:
-    return ctypes.cast(None, _api().ggml_abort_callback)
+    return _api().ggml_abort_callback()
 
 
 def _ggml_type(name: str) -> int:

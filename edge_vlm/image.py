@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import re
@@ -15,7 +16,6 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +161,8 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
     width, height = image.size
     _check_size(width, height, label, max_pixels)
     image.load()
-    try:
+    with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: S110 - broken EXIF says nothing about the pixels; keep them as stored
-        pass
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
@@ -206,7 +204,7 @@ def _check_size(width: int, height: int, label: str, max_pixels: int) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _pillow_errors(label: str) -> Iterator[None]:
     """Convert whatever Pillow raises, and keep its global switches from changing the result."""
     from PIL import Image, ImageFile

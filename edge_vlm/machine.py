@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edge_vlm.errors import InputError
@@ -19,7 +19,7 @@ def default_threads() -> int:
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    physical = psutil.cpu_count(logical=False)
+    physical: int | None = psutil.cpu_count(logical=False)
     return max(1, min(usable or 1, physical or usable or 1))
 
 
@@ -65,7 +65,7 @@ class MachineSettings:
         """
         environment = os.environ if environment is None else environment
         values: dict[str, object] = {}
-        readers = {
+        readers: dict[str, Callable[[str], object]] = {
             "threads": _whole_number,
             "kv_budget": parse_size,
             "max_pixels": parse_size,
@@ -92,7 +92,8 @@ def parse_size(text: str) -> int:
     if not match or (match[3] and not match[2]):
         raise ValueError(f"{text!r} is not a size such as 530MB or 0.5GiB")
     power = " kmgt".index(match[2].lower() or " ")
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    unit: int = (1024 if match[3] else 1000) ** power
+    return round(float(match[1]) * unit)
 
 
 def _whole_number(text: str) -> int:

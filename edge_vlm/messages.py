@@ -43,17 +43,14 @@ class Message:
 
 def user_message(images: Sequence[Any], question: str) -> Message:
     """Pictures first, the question after them: the order the model was trained on."""
-    parts = [*(ImagePart(image) for image in images), Text(question)]
+    parts: list[Text | ImagePart] = [*(ImagePart(image) for image in images), Text(question)]
     return Message("user", tuple(parts))
 
 
 def images_of(messages: Sequence[Message]) -> list[Any]:
     """The pictures of a conversation in prompt order."""
     return [
-        part.source
-        for message in messages
-        for part in message.parts
-        if isinstance(part, ImagePart)
+        part.source for message in messages for part in message.parts if isinstance(part, ImagePart)
     ]
 
 

@@ -88,9 +88,7 @@ class PromptBuilder:
             for match in self._special.finditer(text)
         )
         if placed != n_images:
-            raise BundleError(
-                f"chat template: placed {placed} image tokens for {n_images} images"
-            )
+            raise BundleError(f"chat template: placed {placed} image tokens for {n_images} images")
         return Rendered(text, mark)
 
     def spans(self, rendered: Rendered, *, first: bool) -> list[Span]:
@@ -129,7 +127,8 @@ class PromptBuilder:
 @dataclass(frozen=True)
 class Rendered:
     """Rendered prompt text; ``mark`` stands behind each character of user text that could begin a
-    special token and is taken out again before tokenization."""
+    special token and is taken out again before tokenization.
+    """
 
     text: str
     mark: str

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_vlm.errors import BundleError, PromptError
 
@@ -22,15 +23,19 @@ BUDGET = 50_000_000  # characters of template text walked over and of values wri
 MAX_VALUE_CHARS = 1 << 22
 
 _FILTERS = (
-    "capitalize default d first int items join last length count list lower map max min rejectattr"
-    " replace reverse selectattr string title tojson trim upper"
-).split()
+    *("capitalize", "default", "d", "first", "int", "items", "join", "last", "length", "count"),
+    *("list", "lower", "map", "max", "min", "rejectattr", "replace", "reverse", "selectattr"),
+    *("string", "title", "tojson", "trim", "upper"),
+)
 _STRING_METHODS = (
-    "capitalize count endswith find isalpha isdigit isspace lower lstrip removeprefix removesuffix"
-    " rstrip split splitlines startswith strip title upper"
-).split()
+    *("capitalize", "count", "endswith", "find", "isalpha", "isdigit", "isspace", "lower"),
+    *("lstrip", "removeprefix", "removesuffix", "rstrip", "split", "splitlines", "startswith"),
+    *("strip", "title", "upper"),
+)
 # Filters that turn a whole value into text: what they pay for is everything inside it.
-_TEXT_FILTERS = frozenset("capitalize join lower replace string title tojson trim upper".split())
+_TEXT_FILTERS = frozenset(
+    ("capitalize", "join", "lower", "replace", "string", "title", "tojson", "trim", "upper")
+)
 _OWN_NAMES = ("_steps", "_joined")
 _FORBIDDEN = (
     nodes.AssignBlock,
@@ -95,9 +100,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%", "/", "//", "-"])
 
     def __init__(self, step_cost: int) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, finalize=self._written, cache_size=0
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self._written, cache_size=0)
         self.budget = _Budget()
         self._step_cost = step_cost
         self.filters = {name: self._bounded(name, self.filters[name]) for name in _FILTERS}
@@ -128,11 +131,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> None:
         """``format`` is not among the allowed string methods; a width could fill the memory."""
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.budget.pay(self._step_cost)
         return self._checked(super().call(context, obj, *args, **kwargs))
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: D102
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "+":
             if not numbers:
@@ -208,7 +211,7 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
 
 
-def _call(name: str, args: list[nodes.Expr]) -> nodes.Call:
+def _call(name: str, args: list[Any]) -> nodes.Call:
     call = nodes.Call(nodes.Name(name, "load"), args, [], None, None)
     call.set_lineno(args[0].lineno if args else 1)
     return call

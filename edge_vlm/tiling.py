@@ -68,7 +68,9 @@ class Tiles:
         The published code appends the thumbnail's mask at the end while the thumbnail itself goes
         to the front, so the mask meant for it lands on the last crop. The model was trained so.
         """
-        return np.arange(len(self.crops)) == len(self.crops) - 1
+        last = np.zeros(len(self.crops), np.bool_)
+        last[-1] = True
+        return last
 
 
 def plan_tiling(height: int, width: int, settings: ImageProcessor) -> TilingPlan:
@@ -276,12 +278,13 @@ def _lerp(first: Float32, second: Float32, w_first: Float32, w_second: Float32) 
     """fma(first, w_first, second * w_second) with the two roundings of float32."""
     out = np.multiply(first, w_first, dtype=np.float64)
     out += second * w_second
-    return out.astype(np.float32)
+    result: Float32 = out.astype(np.float32)
+    return result
 
 
 def _to_signed(unit: Float32) -> Float32:
     """Map [0, 1] to [-1, 1]."""
-    signed = unit * np.float32(2)
+    signed: Float32 = unit * np.float32(2)
     signed -= np.float32(1)
     return signed
 
@@ -290,7 +293,8 @@ def _patches(crop: Float32, patch: int) -> Float32:
     """(h, w, 3) to (patches, patch * patch * 3): row-major patches, values in (y, x, channel)."""
     height, width, channels = crop.shape
     grid = crop.reshape(height // patch, patch, width // patch, patch, channels)
-    return grid.swapaxes(1, 2).reshape(-1, patch * patch * channels)
+    patches: Float32 = grid.swapaxes(1, 2).reshape(-1, patch * patch * channels)
+    return patches
 
 
 def _window(settings: ImageProcessor) -> tuple[int, int]:

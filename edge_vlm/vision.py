@@ -45,7 +45,9 @@ class VisionTower:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BundleError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
+            raise BundleError(
+                f"{path}: onnxruntime cannot load it: {_first_line(error)}"
+            ) from error
         self._check_interface(bundle)
 
     def encode(
