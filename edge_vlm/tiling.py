@@ -37,6 +37,7 @@ class TilingPlan:
     tiled_hw: tuple[int, int]
     thumbnail_hw: tuple[int, int]  # rows, columns of vectors kept from the thumbnail
     grid_hw: tuple[int, int]  # the same for all crops together
+    is_reduced: bool  # whether a limit makes the model see less than the picture shows
 
     @property
     def n_crops(self) -> int:
@@ -47,11 +48,6 @@ class TilingPlan:
     def n_patch_tokens(self) -> int:
         """Positions that carry an image vector."""
         return math.prod(self.thumbnail_hw) + math.prod(self.grid_hw)
-
-    @property
-    def is_reduced(self) -> bool:
-        """Whether the model sees fewer pixels than the picture has."""
-        return math.prod(self.resized_hw) < math.prod(self.original_hw)
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,11 @@ def plan_tiling(height: int, width: int, settings: ImageProcessor) -> TilingPlan
         grid_hw=(
             sum(count for _, count in kept_rows(rows, settings, axis=0)),
             sum(count for _, count in kept_rows(columns, settings, axis=1)),
+        ),
+        # Rounding to whole patches moves a side by at most half a patch.
+        is_reduced=any(
+            side - used > settings.patch_size / 2
+            for side, used in zip((height, width), resized, strict=True)
         ),
     )
 

@@ -1,0 +1,86 @@
+"""The ``edge-vlm`` command. Each subcommand is a module, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from edge_vlm import __version__
+from edge_vlm.errors import EdgeVLMError
+
+_COMMANDS = {
+    "ask": "Answer a question about pictures.",
+    "completion": "Print the script that completes edge-vlm's commands in a shell.",
+    "export": "Turn a jina-vlm checkpoint into a bundle.",
+    "info": "Show what a bundle is and whether its files are intact.",
+    "plan": "Show how a picture is tiled and what it costs, without running a model.",
+}
+
+
+class _Commands(click.Group):
+    """Lists commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"edge_vlm.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "EDGE_VLM"},
+)
+@click.version_option(__version__, prog_name="edge-vlm")
+def group() -> None:
+    r"""Ask a real vision-language model about pictures. Nothing leaves this machine.
+
+    \b
+    edge-vlm ask photo.jpg "What is on the table?"
+    edge-vlm plan 2728x2046 --model jina-vlm
+    """
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line; every error a user can cause ends in one line."""
+    arguments = sys.argv[1:] if args is None else args
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    try:
+        group.main(arguments, prog_name="edge-vlm", standalone_mode=True)
+    except EdgeVLMError as error:
+        _fail(error, verbose, error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        raise SystemExit(130) from None
+    except MemoryError as error:
+        _fail(EdgeVLMError("not enough memory"), verbose, 1, error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(EdgeVLMError(f"{where}{error.strerror or error}"), verbose, 1, error)
+    except Exception as error:
+        hint = "" if verbose else "; run again with -v for the details and please report it"
+        _fail(EdgeVLMError(f"unexpected {type(error).__name__}: {error}{hint}"), verbose, 1, error)
+    raise SystemExit(0)
+
+
+def _fail(
+    error: EdgeVLMError, verbose: bool, code: int, cause: BaseException | None = None
+) -> NoReturn:
+    if verbose:
+        details = cause or error.__cause__
+        if details:
+            click.echo("".join(traceback.format_exception(details)), err=True, nl=False)
+    message = " ".join(str(error).split())
+    click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
+    raise SystemExit(code)

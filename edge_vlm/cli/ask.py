@@ -1,0 +1,203 @@
+"""``edge-vlm ask``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_vlm.cli.options import (
+    image_options,
+    json_option,
+    kv_budget_option,
+    max_tiles_option,
+    model_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.answer import Answer
+    from edge_vlm.machine import MachineSettings
+
+MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
+
+
+@click.command("ask")
+@click.argument("words", nargs=-1, metavar="IMAGE... QUESTION")
+@model_option
+@click.option(
+    "--messages",
+    metavar="FILE.json",
+    help="Answer a whole conversation in OpenAI's form instead ('-' reads stdin).",
+)
+@click.option("--system", metavar="TEXT", help="System message in front of the conversation.")
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512).")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    help="Randomness; 0, the default, always takes the likeliest token.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (default 1: off).")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    help="Drop tokens less likely than this fraction of the likeliest (default 0: off).",
+)
+@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable.")
+@max_tiles_option
+@kv_budget_option
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), envvar="EDGE_VLM_THREADS", help="CPU threads."
+)
+@image_options
+@json_option
+@verbose_option
+def command(
+    words: tuple[str, ...],
+    model: str | None,
+    messages: str | None,
+    as_json: bool,
+    verbose: bool,
+    kv_budget: int | None,
+    threads: int | None,
+    max_pixels: int | None,
+    allow_format: tuple[str, ...],
+    **options: Any,
+) -> None:
+    r"""Answer QUESTION about pictures; they come first, the question last.
+
+    '-' reads a picture from stdin. Without a picture the question alone is answered. URLs are not
+    fetched.
+
+    \b
+    edge-vlm ask receipt.jpg "What is the total?"
+    edge-vlm ask before.png after.png "What changed?"
+    edge-vlm ask --json --max-tiles 4 page.png "Summarize this." | jq -r .answer
+    """
+    request = _request(words, messages)
+    from edge_vlm.machine import MachineSettings
+
+    settings = MachineSettings.from_environment(
+        kv_budget=kv_budget,
+        threads=threads,
+        max_pixels=max_pixels,
+        image_formats=allow_format or None,
+    )
+    request |= {name: value for name, value in options.items() if value is not None}
+    answer = _run(model, settings, request, echo=not as_json)
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+    elif not sys.stdout.closed:
+        click.echo()
+    if verbose:
+        _report(answer)
+
+
+def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
+    """Arguments for ``EdgeVLM.stream``."""
+    if messages is not None:
+        if words:
+            raise click.UsageError("--messages replaces images and question; give one or the other")
+        return {"messages": _read_messages(messages)}
+    if not words:
+        raise click.UsageError("no question; see 'edge-vlm ask --help'")
+    *images, question = words
+    if not question.strip():
+        raise click.UsageError("the question is empty")
+    if not images and (question == "-" or Path(question).is_file()):
+        raise click.UsageError(f"no question about {question}; it comes after the picture")
+    if images.count("-") > 1:
+        raise click.UsageError("stdin ('-') can be only one of the pictures")
+    sources: list[Any] = list(images)
+    if "-" in images:
+        from edge_vlm.image import MAX_FILE_BYTES
+
+        sources[images.index("-")] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    return {"images": sources, "question": question}
+
+
+def _read_messages(name: str) -> Any:
+    try:
+        if name == "-":
+            text = sys.stdin.buffer.read(MAX_MESSAGES_BYTES + 1)
+        else:
+            if not Path(name).is_file():
+                raise click.UsageError(f"{name}: no such file")
+            with open(name, "rb") as file:
+                text = file.read(MAX_MESSAGES_BYTES + 1)
+        if len(text) > MAX_MESSAGES_BYTES:
+            raise click.UsageError(f"{name}: is larger than {MAX_MESSAGES_BYTES >> 20} MiB")
+        return json.loads(text)
+    except OSError as error:
+        raise click.UsageError(f"{name}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"{name}: is not valid JSON ({error})") from error
+
+
+def _run(
+    model: str | None, settings: MachineSettings, request: dict[str, Any], *, echo: bool
+) -> Answer:
+    from edge_vlm.cli.display import Display
+    from edge_vlm.cli.interrupt import run_interruptibly
+
+    with Display() as display:
+        for kind, event in run_interruptibly(
+            lambda cancel, emit: _work(model, settings, request, cancel, emit)
+        ):
+            if kind == "progress":
+                display.show(event)
+            elif kind == "text":
+                display.hide()
+                if echo:
+                    click.echo(event, nl=False)
+                    sys.stdout.flush()
+            else:
+                answer: Answer = event
+    return answer
+
+
+def _work(
+    model: str | None, settings: MachineSettings, request: dict[str, Any], cancel: Any, emit: Any
+) -> None:
+    from edge_vlm.model import EdgeVLM
+
+    def progress(event: Any) -> None:
+        emit("progress", event)
+
+    with (
+        EdgeVLM.load(model, settings=settings, progress=progress) as vlm,
+        vlm.stream(**request, progress=progress, cancel=cancel) as stream,
+    ):
+        for piece in stream:
+            emit("text", piece)
+        emit("answer", stream.answer)
+
+
+def _report(answer: Answer) -> None:
+    for image in answer.images:
+        size = f"{image.size[0]}x{image.size[1]}"
+        reduced = ", reduced" if image.reduced else ""
+        click.echo(
+            f"image {size}: used at {image.resized[0]}x{image.resized[1]}{reduced}, tiling"
+            f" {image.tiling[0]}x{image.tiling[1]}, {image.crops} crops",
+            err=True,
+        )
+    times = answer.timings
+    click.echo(
+        f"prompt {answer.prompt_tokens} tokens ({answer.image_tokens} of images),"
+        f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})",
+        err=True,
+    )
+    click.echo(
+        f"load {times.load:.2f} s, vision {times.vision:.2f} s,"
+        f" prefill {times.prefill:.2f} s ({times.prefill_tokens_per_second:.0f} tokens/s),"
+        f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s)",
+        err=True,
+    )
+    click.echo(
+        f"KV cache {answer.kv_bytes / 1e6:.1f} MB, peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
+        err=True,
+    )

@@ -1,0 +1,73 @@
+"""``edge-vlm export``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from edge_vlm.cli.options import verbose_option
+
+EXTRA = ("gguf", "ml_dtypes", "onnx", "onnx_ir", "safetensors")  # modules of the export extra
+
+
+@click.command("export")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--vision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Precision of the vision tower's weights.",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    default="f16",
+    show_default=True,
+    help="Precision of the decoder's weights.",
+)
+@click.option("--name", help="Name of the model in the manifest.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
+@verbose_option
+def command(
+    checkpoint: Path,
+    out: Path,
+    vision: str,
+    decoder: str,
+    name: str | None,
+    force: bool,
+    verbose: bool,
+) -> None:
+    r"""Turn a jina-vlm CHECKPOINT folder into a bundle.
+
+    Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
+    bundle.json. OUT appears only when it is complete and verified.
+
+    \b
+    edge-vlm export ./jina-vlm --out ./jina-vlm-bundle
+    """
+    del verbose  # main() looks for it
+    missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
+    if missing:
+        raise click.UsageError(
+            f"export needs {', '.join(missing)}; install with: pip install 'edge-vlm[export]'"
+        )
+    from edge_vlm_export import export_checkpoint
+
+    from edge_vlm.cli.display import Steps
+
+    with Steps() as steps:
+        written = export_checkpoint(
+            checkpoint,
+            out,
+            vision=vision,
+            decoder=decoder,
+            name=name,
+            overwrite=force,
+            progress=steps.show,
+        )
+    size = sum(path.stat().st_size for path in written.iterdir())
+    click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)

@@ -1,0 +1,91 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
+    """Bytes, such as 530MB or 0.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse text; numbers pass."""
+        from edge_vlm.machine import parse_size
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def model_option(function: F) -> F:
+    """``--model``."""
+    return click.option(
+        "--model",
+        "-m",
+        envvar="EDGE_VLM_MODEL",
+        metavar="PATH_OR_NAME",
+        help="Bundle to use; by default the embedded one.",
+    )(function)
+
+
+def max_tiles_option(function: F) -> F:
+    """``--max-tiles``."""
+    return click.option(
+        "--max-tiles",
+        type=click.IntRange(1, 1024),
+        help="Cut a picture into at most this many tiles, besides the thumbnail.",
+    )(function)
+
+
+def image_options(function: F) -> F:
+    """What pictures are read."""
+    for option in (
+        click.option(
+            "--max-pixels",
+            type=Size(),
+            envvar="EDGE_VLM_MAX_PIXELS",
+            help="Refuse pictures with more pixels than this (default 100M).",
+        ),
+        click.option(
+            "--allow-format",
+            multiple=True,
+            type=click.Choice(["TIFF", "AVIF"], case_sensitive=False),
+            help="Read this format too; JPEG, PNG, WebP, BMP and GIF are read always.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def kv_budget_option(function: F) -> F:
+    """``--kv-budget``."""
+    return click.option(
+        "--kv-budget",
+        type=Size(),
+        envvar="EDGE_VLM_KV_BUDGET",
+        help="Largest KV cache (default 530MB).",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """``--json``."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object for programs."
+    )(function)
+
+
+def verbose_option(function: F) -> F:
+    """``-v``."""
+    return click.option(
+        "--verbose", "-v", is_flag=True, help="Say more on stderr, and more about errors."
+    )(function)
