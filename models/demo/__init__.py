@@ -1,0 +1,1 @@
+"""The demo model: its synthetic data, its training and its evaluation."""
