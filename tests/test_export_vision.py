@@ -11,11 +11,11 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import pytest
-from conftest import GoldenCase, GoldenModel, golden_cases
 from PIL import Image
 
 from edge_vlm.bundle import Bundle
 from edge_vlm.tiling import Tiles, cut_tiles
+from tests.conftest import GoldenCase, golden_cases
 
 Arrays = dict[str, npt.NDArray[Any]]
 TAPS = ("vit_features", "image_features")
@@ -39,9 +39,7 @@ def run(session: onnxruntime.InferenceSession, tiles: Tiles) -> Arrays:
     """All outputs, one crop at a time to bound memory; batches are compared elsewhere."""
     names = [output.name for output in session.get_outputs()]
     parts = [
-        session.run(
-            names, {"crops": tiles.crops[i : i + 1], "is_last": tiles.is_last[i : i + 1]}
-        )
+        session.run(names, {"crops": tiles.crops[i : i + 1], "is_last": tiles.is_last[i : i + 1]})
         for i in range(len(tiles.crops))
     ]
     return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}
@@ -60,9 +58,7 @@ def relative(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("case", IMAGE_CASES, ids=str)
-def test_features_equal_the_published_ones(
-    case: GoldenCase, bundle: Callable[..., Path]
-) -> None:
+def test_features_equal_the_published_ones(case: GoldenCase, bundle: Callable[..., Path]) -> None:
     folder = bundle(case.model)
     found = run(tapped(folder / "vision.onnx"), tiles_of(case, folder))
     arrays = case.arrays

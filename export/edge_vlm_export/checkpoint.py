@@ -8,7 +8,6 @@ for the whole file the resident memory would grow to the size of the checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -148,14 +147,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index, MAX_HEADER_BYTES).section("weight_map").data
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(f"{index}: names more than {MAX_TENSORS} tensors")
-    tensors: dict[str, Tensor] = {}
-    for shard in dict.fromkeys(map(json.dumps, weight_map.values())):
-        name = json.loads(shard)
+    for name in weight_map.values():
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{index}: weight_map names {shorten(name)}, which is not the plain name of a"
                 " safetensors file beside it"
             )
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(weight_map.values()):
         for tensor in _read_header(index.parent / name).values():
             if weight_map.get(tensor.name) != name:
                 raise CheckpointError(

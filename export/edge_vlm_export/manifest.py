@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 from edge_vlm.bundle import (
-    FORMAT_VERSION,
     Decoder,
     FileRecord,
     Manifest,
@@ -66,7 +65,7 @@ def build_manifest(
     """The manifest of a bundle; ``vision`` and ``decoder`` name the precisions."""
     text = settings.text
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         model=identity,
         image_processor=settings.image_processor,
         vision=Vision(

@@ -169,7 +169,7 @@ class Graph:
                     ("length", weight.n_bytes),
                 ):
                     proto.external_data.add(key=key, value=str(value))
-                file.write(memoryview(weight.values()).cast("B"))
+                file.write(weight.values().data)
                 initializers.append(proto)
                 written(weight.n_bytes)
         return initializers

@@ -7,6 +7,7 @@ word of warning, so it is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -82,8 +83,7 @@ def read_tokenizer(folder: Path, settings: Settings) -> Tokenizer:
         types.setdefault(token, TokenType.UNUSED)
     tokens = tuple(texts[token] for token in range(n_ids))
     if len(set(tokens)) != n_ids:
-        seen: set[str] = set()
-        twice = next(text for text in tokens if text in seen or seen.add(text))
+        twice = Counter(tokens).most_common(1)[0][0]
         raise CheckpointError(f"{data.path}: token {shorten(twice)} has two ids")
     _check_image_tokens(data, settings.preprocessor, special)
     return Tokenizer(

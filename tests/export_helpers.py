@@ -1,0 +1,119 @@
+"""What the exporter's tests share: checkpoints to damage, and llama.cpp at its lowest level."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+from edge_vlm_export import export_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from edge_vlm.errors import CheckpointError
+from tests.conftest import GOLDEN
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def copy_checkpoint(name: str, target: Path) -> Path:
+    """A checkpoint that may be changed."""
+    shutil.copytree(GOLDEN / name / "checkpoint", target)
+    return target
+
+
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+    """Apply ``change`` to the content of a JSON file."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def set_key(path: Path, dotted: str, value: Any) -> None:
+    """Set one key; numbers in the dotted name index arrays."""
+
+    def change(data: Any) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in dotted.split("."))
+        for key in parents:
+            data = data[key]
+        data[last] = value
+
+    edit_json(path, change)
+
+
+def edit_tensors(checkpoint: Path, change: Callable[[Arrays], Any]) -> None:
+    """Apply ``change`` to the tensors of a checkpoint with a single weights file."""
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def refused(checkpoint: Path, *fragments: str) -> str:
+    """Export a checkpoint that has to be refused; returns the message, which has one line."""
+    out = checkpoint.parent / "outputs" / "bundle"
+    out.parent.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        export_checkpoint(checkpoint, out)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert len(message) < 600, message
+    for fragment in fragments:
+        assert fragment in message
+    assert list(out.parent.iterdir()) == []
+    return message
+
+
+@contextmanager
+def llama_model(path: Path, vocab_only: bool) -> Iterator[Any]:
+    """A model in llama.cpp, without its log."""
+    receiver, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(receiver), ctypes.byref(user_data))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+    try:
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocab_only
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        assert model, path
+        try:
+            yield model
+        finally:
+            llama_cpp.llama_model_free(model)
+    finally:
+        llama_cpp.llama_log_set(receiver, user_data)
+
+
+def llama_tokenize(vocab: Any, text: str) -> list[int]:
+    """Ids of plain text: no special token is recognized or added."""
+    data = text.encode("utf-8")
+    ids = (llama_cpp.llama_token * (len(data) + 1))()
+    n_ids = llama_cpp.llama_tokenize(vocab, data, len(data), ids, len(ids), False, False)
+    assert n_ids >= 0
+    return list(ids[:n_ids])
+
+
+def last_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float32]:
+    """Scores of all ids for the token after ``ids``; cache and attention in float32."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 256
+    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    # llama.cpp's flash attention rounds to half precision inside, also with a float32 cache.
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, params)
+    assert context
+    try:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids))) == 0
+        n_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        logits = llama_cpp.llama_get_logits_ith(context, -1)
+        return np.ctypeslib.as_array(logits, (n_ids,)).copy()
+    finally:
+        llama_cpp.llama_free(context)
