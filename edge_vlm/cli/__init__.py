@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -57,12 +58,19 @@ def main(args: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if args is None else args
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
-        group.main(arguments, prog_name="edge-vlm", standalone_mode=True)
+        code = group.main(arguments, prog_name="edge-vlm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
     except EdgeVLMError as error:
         _fail(error, verbose, error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader has gone; give the interpreter a stdout that it can flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except MemoryError as error:
         _fail(EdgeVLMError("not enough memory"), verbose, 1, error)
     except OSError as error:
@@ -71,7 +79,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     except Exception as error:
         hint = "" if verbose else "; run again with -v for the details and please report it"
         _fail(EdgeVLMError(f"unexpected {type(error).__name__}: {error}{hint}"), verbose, 1, error)
-    raise SystemExit(0)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _fail(

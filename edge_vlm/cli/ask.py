@@ -49,9 +49,7 @@ MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
 @click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable.")
 @max_tiles_option
 @kv_budget_option
-@click.option(
-    "--threads", type=click.IntRange(1, 1024), envvar="EDGE_VLM_THREADS", help="CPU threads."
-)
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS).")
 @image_options
 @json_option
 @verbose_option
@@ -198,6 +196,7 @@ def _report(answer: Answer) -> None:
         err=True,
     )
     click.echo(
-        f"KV cache {answer.kv_bytes / 1e6:.1f} MB, peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
+        f"KV cache {answer.kv_bytes / 1e6:.1f} MB,"
+        f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
         err=True,
     )

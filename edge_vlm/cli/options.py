@@ -34,7 +34,7 @@ def model_option(function: F) -> F:
         "-m",
         envvar="EDGE_VLM_MODEL",
         metavar="PATH_OR_NAME",
-        help="Bundle to use; by default the embedded one.",
+        help="Bundle to use (EDGE_VLM_MODEL); by default the embedded one.",
     )(function)
 
 
@@ -53,8 +53,7 @@ def image_options(function: F) -> F:
         click.option(
             "--max-pixels",
             type=Size(),
-            envvar="EDGE_VLM_MAX_PIXELS",
-            help="Refuse pictures with more pixels than this (default 100M).",
+            help="Refuse pictures with more pixels (EDGE_VLM_MAX_PIXELS; default 100M).",
         ),
         click.option(
             "--allow-format",
@@ -72,8 +71,7 @@ def kv_budget_option(function: F) -> F:
     return click.option(
         "--kv-budget",
         type=Size(),
-        envvar="EDGE_VLM_KV_BUDGET",
-        help="Largest KV cache (default 530MB).",
+        help="Largest KV cache (EDGE_VLM_KV_BUDGET; default 530MB).",
     )(function)
 
 

@@ -47,7 +47,8 @@ def command(
     from edge_vlm.bundle import Bundle
     from edge_vlm.errors import ImageError
     from edge_vlm.folders import find_bundle
-    from edge_vlm.image import MAX_PIXELS, load_image
+    from edge_vlm.image import load_image
+    from edge_vlm.machine import MachineSettings
     from edge_vlm.plan import limit_tiles, plan_image
 
     if model == released.NAME:
@@ -62,7 +63,8 @@ def command(
         if not width or not height:
             raise ImageError(f"{image}: a picture has at least one pixel on each side")
     else:
-        pixels = load_image(image, max_pixels=max_pixels or MAX_PIXELS, extra_formats=allow_format)
+        limit = MachineSettings.from_environment(max_pixels=max_pixels).max_pixels
+        pixels = load_image(image, max_pixels=limit, extra_formats=allow_format)
         height, width = pixels.shape[:2]
     plan = plan_image(width, height, limit_tiles(processor, max_tiles), decoder)
     if as_json:
