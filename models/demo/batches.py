@@ -33,6 +33,7 @@ IGNORE = -100
 # Auxiliary labels: what each pooled vector should know about its 28 x 28 pixels.
 CHARACTERS = "".join(map(chr, range(33, 127))) + "äöüßÄÖÜáéíóúñÁÉÍÓÚÑàâçèêëîïôùûÀÂÇÈÊËÎÏÔÙÛ"
 N_SLOTS = 6  # characters in a cell, in reading order
+N_PATCH_SLOTS = 2  # characters in a 14 x 14 patch
 LEGIBLE = 9.0  # pixels of font size below which characters are not asked for
 _CHARACTER_IDS = {char: index + 1 for index, char in enumerate(CHARACTERS)}
 _NOUN_IDS = {noun: index + 1 for index, noun in enumerate(NOUNS)}
@@ -61,6 +62,7 @@ class Example:
     prefix: list[int]
     order: Int64  # (n_crops * tokens_per_crop,) position in the prefix, or -1
     labels: Int16  # (n_crops, tokens_per_crop, len(AUXILIARY_SIZES))
+    patch_labels: Int16  # (n_crops, n_patches, N_PATCH_SLOTS)
     branches: list[Branch]
 
     @property
@@ -75,6 +77,7 @@ class Batch:
     crops: Tensor  # (C, n_patches, patch_values) uint8 or float32
     is_last: Tensor  # (C,) float32
     labels: Tensor  # (C, tokens_per_crop, n_labels)
+    patch_labels: Tensor  # (C, n_patches, N_PATCH_SLOTS)
     used: Tensor  # (F,) rows of the flattened features that are used
     rows: Tensor  # (F,)
     columns: Tensor  # (F,)
@@ -147,7 +150,7 @@ class Preparer:
         order = patch_order(plan, self.settings).reshape(-1)
         return ids, np.where(order >= 0, patches[order], -1).astype(np.int64)
 
-    def example(self, picture: Picture, most: int = 10, exact: bool = False) -> Example:
+    def example(self, picture: Picture, exact: bool = False) -> Example:
         """Cut and label a picture; `exact` keeps float pixels, else they are stored in 8 bits."""
         tiles = cut_tiles(picture.pixels, self.settings)
         crops = tiles.crops
@@ -158,14 +161,16 @@ class Preparer:
             crops,
             prefix,
             order,
-            self._labels(picture.canvas, tiles.plan),
-            [self.branch(question) for question in picture.questions[:most]],
+            *self._labels(picture.canvas, tiles.plan),
+            [self.branch(question) for question in picture.questions],
         )
 
-    def _labels(self, canvas: Canvas, plan: TilingPlan) -> Int16:
-        """(n_crops, tokens_per_crop, n_labels): characters in reading order, a thing, its colour.
+    def _labels(self, canvas: Canvas, plan: TilingPlan) -> tuple[Int16, Int16]:
+        """What lies in each cell and each patch; 0 is nothing, IGNORE is what cannot be told.
 
-        0 stands for nothing; IGNORE for what cannot be told.
+        Returns:
+            (n_crops, tokens_per_crop, n_labels): characters in reading order, a thing, its colour.
+            (n_crops, n_patches, N_PATCH_SLOTS): characters in reading order.
         """
         size = self.settings.base_input_size[0]
         cell = self.settings.patch_size * self.settings.pooling_h
@@ -178,19 +183,19 @@ class Preparer:
             (r * step, c * step, tiled_h, tiled_w) for r in range(rows) for c in range(columns)
         ]
         labels = np.zeros((len(views), n, n, len(AUXILIARY_SIZES)), np.int16)
-        for view, (top, left, height, width) in zip(labels, views, strict=True):
-            filled: dict[tuple[int, int], int] = {}
+        n_patches = size // self.settings.patch_size
+        patches = np.zeros((len(views), n_patches, n_patches, N_PATCH_SLOTS), np.int16)
+        for view, fine, place in zip(labels, patches, views, strict=True):
+            top, left, height, width = place
             for glyph in canvas.glyphs:  # written line by line, each from left to right
                 y, x = glyph.y * height - top, glyph.x * width - left
                 if not (0 <= y < size and 0 <= x < size):
                     continue
-                place = (int(y // cell), int(x // cell))
-                slot = filled.get(place, 0)
-                filled[place] = slot + 1
-                if slot >= N_SLOTS or glyph.height * height < LEGIBLE:
-                    view[place][:N_SLOTS] = IGNORE
-                elif view[place][0] != IGNORE:
-                    view[place][slot] = _CHARACTER_IDS.get(glyph.char, IGNORE)
+                legible = glyph.height * height >= LEGIBLE
+                label = _CHARACTER_IDS.get(glyph.char, IGNORE) if legible else IGNORE
+                _fill_slot(view[int(y // cell), int(x // cell), :N_SLOTS], label)
+                step_in = self.settings.patch_size
+                _fill_slot(fine[int(y // step_in), int(x // step_in)], label)
             for thing in canvas.things:
                 y = thing.y / canvas.height * height - top
                 x = thing.x / canvas.width * width - left
@@ -200,7 +205,19 @@ class Preparer:
                 taken = target[N_SLOTS] != 0
                 target[N_SLOTS] = IGNORE if taken else _NOUN_IDS[thing.noun]
                 target[N_SLOTS + 1] = IGNORE if taken else _COLOUR_IDS[thing.colour]
-        return labels.reshape(len(views), n * n, -1)
+        return (
+            labels.reshape(len(views), n * n, -1),
+            patches.reshape(len(views), n_patches * n_patches, -1),
+        )
+
+
+def _fill_slot(slots: Int16, label: int) -> None:
+    """Put a character in the first free slot; a cell with too many is not to be judged."""
+    free = np.flatnonzero(slots == 0)
+    if label == IGNORE or len(free) == 0 or slots[0] == IGNORE:
+        slots[:] = IGNORE
+    else:
+        slots[free[0]] = label
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -247,6 +264,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         crops=torch.from_numpy(np.concatenate([example.crops for example in examples])),
         is_last=torch.from_numpy(np.concatenate(is_last)),
         labels=torch.from_numpy(np.concatenate([example.labels for example in examples])).long(),
+        patch_labels=torch.from_numpy(
+            np.concatenate([example.patch_labels for example in examples])
+        ).long(),
         used=torch.from_numpy(np.concatenate(used)),
         rows=torch.from_numpy(np.concatenate(rows)),
         columns=torch.from_numpy(np.concatenate(columns)),

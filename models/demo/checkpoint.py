@@ -296,4 +296,5 @@ def save_weights(model: JinaVlm, folder: Path) -> None:
     }
     part = folder / "model.safetensors.part"
     save_file(tensors, str(part), metadata={"format": "pt"})
+    part.chmod(0o644)
     part.replace(folder / "model.safetensors")

@@ -50,16 +50,29 @@ class Picture:
 
 
 def make_picture(
-    seed: int, mixture: Mapping[str, float] = MIXTURE, level: float = 1.0, gentle: bool = False
+    seed: int,
+    mixture: Mapping[str, float] = MIXTURE,
+    level: float = 1.0,
+    gentle: bool = False,
+    n_rounds: int = 2,
 ) -> Picture:
-    """The picture of a seed, always the same; `gentle` leaves out blur and strong noise."""
+    """The picture of a seed, always the same.
+
+    Args:
+        seed: at or above EVALUATION_SEEDS for evaluation.
+        mixture: how often each kind is drawn.
+        level: difficulty, 0 to 1.
+        gentle: leave out blur and strong noise.
+        n_rounds: how often each kind of question is asked, in languages drawn at random.
+    """
     rng = random.Random(seed)
     style = Style(held_back_fonts=seed >= EVALUATION_SEEDS, level=level)
-    while True:
+    asking = random.Random(f"questions about {seed}")
+    questions: list[Question] = []
+    while not questions:
         kind = rng.choices(list(mixture), list(mixture.values()))[0]
         sketch = KINDS[kind](rng, style)
-        if sketch.questions:
-            break
-    questions = list(sketch.questions)
-    rng.shuffle(questions)
+        rounds = [question for _ in range(n_rounds) for question in sketch.ask(asking)]
+        questions = list(dict.fromkeys(rounds))
+    asking.shuffle(questions)
     return Picture(kind, finish(rng, sketch.canvas, gentle), sketch.canvas, questions)

@@ -11,10 +11,11 @@ import argparse
 import multiprocessing as mp
 import queue
 import random
+import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from models.demo.batches import (
     AUXILIARY_SIZES,
     IGNORE,
+    N_PATCH_SLOTS,
     N_SLOTS,
     Batch,
     Example,
@@ -36,13 +38,25 @@ from models.demo.data import MIXTURE, make_picture
 from models.demo.model import JinaVlm
 from models.demo.questions import FAMILIES
 
+MOST_QUESTIONS = 12  # of one picture in one sequence
+
 
 class AuxiliaryHeads(nn.Module):
-    """Linear readers of what a pooled vector knows about its cell; used in training only."""
+    """Linear readers of what a patch and a pooled vector know; used in training only."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, patch_width: int, width: int) -> None:
         super().__init__()
+        self.read_patch = nn.Linear(patch_width, N_PATCH_SLOTS * AUXILIARY_SIZES[0])
         self.read = nn.Linear(width, sum(AUXILIARY_SIZES))
+
+    def patch_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over patches with characters and a tenth of the others."""
+        labels = labels.flatten(0, 1)
+        chosen = (labels[:, 0] > 0) | (torch.rand(len(labels), device=labels.device) < 0.1)
+        scores = self.read_patch(states.flatten(0, 1)[chosen])
+        return F.cross_entropy(
+            scores.view(-1, AUXILIARY_SIZES[0]), labels[chosen].flatten(), ignore_index=IGNORE
+        )
 
     def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and the share of non-empty character slots that is right."""
@@ -115,7 +129,7 @@ def draw_forever(
     seed = start
     while True:
         level = min(1.0, 0.2 + seed / ramp)
-        picture = make_picture(seed, MIXTURE, level, gentle=level < 0.5)
+        picture = make_picture(seed, MIXTURE, level, gentle=level < 0.5, n_rounds=3)
         out.put((seed, preparer.example(picture)))
         seed += step
 
@@ -171,10 +185,18 @@ class Pictures:
             fresh.append(example)
         again = self._random.sample(list(self._shown), wanted - len(fresh))
         self._shown.extend(fresh)
-        examples = sorted(fresh + again, key=lambda example: example.length)
+        chosen = [self._some_questions(example) for example in fresh + again]
+        examples = sorted(chosen, key=lambda example: example.length)
         batches = [examples[n : n + self._size] for n in range(0, wanted, self._size)]
         self._random.shuffle(batches)
         self._ready.extend(batches)
+
+    def _some_questions(self, example: Example) -> Example:
+        """A picture that comes again is asked other things."""
+        if len(example.branches) <= MOST_QUESTIONS:
+            return example
+        branches = self._random.sample(example.branches, MOST_QUESTIONS)
+        return replace(example, branches=branches)
 
     def close(self) -> None:
         for process in self._processes:
@@ -225,7 +247,9 @@ class Trainer:
         if not (options.output / "tokenizer.json").exists():
             write_skeleton(options.output)
         self.model = JinaVlm.from_json(model_config(), tied=True).to(self.device)
-        self.heads = AuxiliaryHeads(self.model.text.config.hidden_size).to(self.device)
+        self.heads = AuxiliaryHeads(
+            self.model.vision.vl_connector.pad_embed.shape[1], self.model.text.config.hidden_size
+        ).to(self.device)
         matrices, others = split_parameters(self.model)
         others += list(self.heads.parameters())
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -281,9 +305,16 @@ class Trainer:
                 group["lr"] = rate
         use_bfloat16 = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bfloat16):
-            features = self.model.vision(batch.float_crops(), batch.is_last)
+            states = self.model.vision.encode(batch.float_crops())
+            features = self.model.vision.vl_connector(states, batch.is_last)
             auxiliary, characters = self.heads.loss(features.float(), batch.labels)
-            report = {"aux": auxiliary.detach(), "chars": characters.detach()}
+            fine = self.heads.patch_loss(states.float(), batch.patch_labels)
+            report = {
+                "aux": auxiliary.detach(),
+                "patch": fine.detach(),
+                "chars": characters.detach(),
+            }
+            auxiliary = auxiliary + fine
             if self.step < options.pretrain:
                 loss = auxiliary
             else:
@@ -352,6 +383,9 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if options.threads:
         torch.set_num_threads(options.threads)
+    # Also in the background: end in order, with the state saved.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1))
     Trainer(options).run()
 
 

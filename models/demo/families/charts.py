@@ -49,7 +49,7 @@ def draw_chart(rng: random.Random, style: Style) -> Sketch:
         canvas.text((x, top - 10), str(value), font, 16, ink, "m")
         size = min(17.0, 17.0 * (step_x - 3) / canvas.text_width(label, font, 17.0))
         canvas.text((x, floor + 13), label, font, size, ink, "m")
-    return Sketch(canvas, _ask(rng, labels, values))
+    return Sketch(canvas, lambda asking: _ask(asking, labels, values))
 
 
 def _values(rng: random.Random, n_bars: int) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from models.demo.drawing import Canvas, Rgb, distance, jitter
@@ -18,12 +19,12 @@ class Question(NamedTuple):
     answer: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sketch:
-    """A drawn canvas and what can be asked about it."""
+    """A drawn canvas, and a way to ask about it: other questions each time it is called."""
 
     canvas: Canvas
-    questions: list[Question] = field(default_factory=list)
+    ask: Callable[[random.Random], list[Question]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Style:
 
 
 def pick_zoom(rng: random.Random, style: Style) -> float:
-    """Native pixels per design pixel: many photos are larger than what the model sees of them."""
-    return rng.choice((1.0, 1.0, 1.0, 1.25, 1.5, rng.uniform(0.9, 1.8)))
+    """Native pixels per design pixel; larger pictures cost more crops, so most are small."""
+    return 1.0 if rng.random() < 0.75 else rng.uniform(0.9, 1.9)
 
 
 def ink_for(rng: random.Random, background: Rgb) -> Rgb:

@@ -41,7 +41,7 @@ def draw_shapes(rng: random.Random, style: Style) -> Sketch:
     sizes = (12.0, 26.0) if n_things > 4 else (14.0, 34.0)
     places = _scatter(rng, canvas, n_things, sizes)
     _fill_places(rng, canvas, places, SHAPES, background)
-    return Sketch(canvas, ask_about_things(rng, canvas, SHAPES))
+    return _sketch(canvas, SHAPES)
 
 
 def draw_scene(rng: random.Random, style: Style) -> Sketch:
@@ -58,7 +58,7 @@ def draw_scene(rng: random.Random, style: Style) -> Sketch:
     n_things = rng.randint(1, 6)
     places = _scatter(rng, canvas, n_things, (17.0, 32.0), top=horizon * 0.5)
     _fill_places(rng, canvas, sorted(places, key=lambda p: p[1]), SCENE_THINGS, ground, sky)
-    return Sketch(canvas, ask_about_things(rng, canvas, SCENE_THINGS))
+    return _sketch(canvas, SCENE_THINGS)
 
 
 def draw_shelf(rng: random.Random, style: Style) -> Sketch:
@@ -82,7 +82,11 @@ def draw_shelf(rng: random.Random, style: Style) -> Sketch:
             slots.append((x, floor - radius, radius))
     places = sorted(rng.sample(slots, min(n_things, len(slots))))
     _fill_places(rng, canvas, places, SHELF_THINGS, wall, board)
-    return Sketch(canvas, ask_about_things(rng, canvas, SHELF_THINGS))
+    return _sketch(canvas, SHELF_THINGS)
+
+
+def _sketch(canvas: Canvas, nouns: tuple[str, ...]) -> Sketch:
+    return Sketch(canvas, lambda rng: _ask(rng, canvas.things, nouns))
 
 
 def _scatter(
@@ -137,17 +141,15 @@ def _references(things: list[Thing]) -> list[tuple[Thing, Reference]]:
     return named
 
 
-def ask_about_things(
-    rng: random.Random, canvas: Canvas, nouns: tuple[str, ...], n_each: int = 3
-) -> list[Question]:
-    """Questions of the four object families, each in a random language."""
+def _ask(rng: random.Random, things: list[Thing], nouns: tuple[str, ...]) -> list[Question]:
+    """Two questions of each of the four object families, each in a random language."""
     asked: list[Question] = []
-    for _ in range(n_each):
-        asked += _attribute(rng, canvas.things)
-        asked += _count(rng, canvas.things, nouns)
-        asked += _relation(rng, canvas.things)
-        asked += _presence(rng, canvas.things, nouns)
-    return list(dict.fromkeys(asked))
+    for _ in range(2):
+        asked += _attribute(rng, things)
+        asked += _count(rng, things, nouns)
+        asked += _relation(rng, things)
+        asked += _presence(rng, things, nouns)
+    return asked
 
 
 def _attribute(rng: random.Random, things: list[Thing]) -> list[Question]:

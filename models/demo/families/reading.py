@@ -52,7 +52,7 @@ def draw_words(rng: random.Random, style: Style) -> Sketch:
         line = _write(rng, canvas, taken, colour, background, style, easy)
         if line is not None:
             lines.append(line)
-    return Sketch(canvas, _ask(rng, lines))
+    return Sketch(canvas, lambda asking: _ask(asking, lines))
 
 
 def _decorate(rng: random.Random, canvas: Canvas, background: Rgb) -> None:
@@ -104,10 +104,10 @@ def _write(
 def _ask(rng: random.Random, lines: list[_Line]) -> list[Question]:
     asked: list[Question] = []
     if len(lines) == 1:
-        for _ in range(3):
+        for _ in range(2):
             lang = rng.choice(words.LANGUAGES)
             asked.append(Question("reading", lang, ask(rng, "read", lang), lines[0].text))
-        return list(dict.fromkeys(asked))
+        return asked
     for side in ("left", "right", "above", "below"):
         across = side in ("left", "right")
         ordered = sorted(lines, key=lambda line: line.x if across else line.y)

@@ -71,11 +71,8 @@ def draw_receipt(rng: random.Random, style: Style) -> Sketch:
     y += spacing
     if date_at_end:
         canvas.text((width / 2, y), date, font, size, ink, "m")
-    asked = _ask_prices(rng, items, prices)
-    for kind, answer in (("total", total), ("date", date)):
-        lang = rng.choice(words.LANGUAGES)
-        asked.append(Question("receipt", lang, ask(rng, kind, lang), answer))
-    return Sketch(canvas, asked)
+    facts = [("total", total), ("date", date)]
+    return Sketch(canvas, lambda asking: _ask(asking, items, prices, facts))
 
 
 def draw_table(rng: random.Random, style: Style) -> Sketch:
@@ -113,18 +110,14 @@ def draw_table(rng: random.Random, style: Style) -> Sketch:
     if rng.random() < 0.5:
         split = width * 0.6
         canvas.line([(split, top), (split, y - spacing / 2)], rule, 1)
-    asked = _ask_prices(rng, items, prices)
-    extra: list[tuple[str, str]] = []
+    facts: list[tuple[str, str]] = []
     if has_total:
         total = _cents(sum(prices))
         _row(canvas, y, rng.choice(_TOTALS), total, font, size, ink)
-        extra.append(("total", total))
+        facts.append(("total", total))
     if date is not None:
-        extra.append(("date", date))
-    for kind, answer in extra:
-        lang = rng.choice(words.LANGUAGES)
-        asked.append(Question("receipt", lang, ask(rng, kind, lang), answer))
-    return Sketch(canvas, asked)
+        facts.append(("date", date))
+    return Sketch(canvas, lambda asking: _ask(asking, items, prices, facts))
 
 
 def _fitting(canvas: Canvas, items: list[str], font: str, size: float) -> float:
@@ -140,8 +133,14 @@ def _row(
     canvas.text((canvas.width - 10, y), amount, font, size, ink, "r")
 
 
-def _ask_prices(rng: random.Random, items: list[str], prices: list[int]) -> list[Question]:
+def _ask(
+    rng: random.Random, items: list[str], prices: list[int], facts: list[tuple[str, str]]
+) -> list[Question]:
+    """The price of each item, and the facts: (kind of question, answer)."""
     asked = []
+    for kind, answer in facts:
+        lang = rng.choice(words.LANGUAGES)
+        asked.append(Question("receipt", lang, ask(rng, kind, lang), answer))
     for item, price in zip(items, prices, strict=True):
         lang = rng.choice(words.LANGUAGES)
         text = ask(rng, "price", lang, label=item)
