@@ -45,7 +45,7 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="edge-vlm")
 def group() -> None:
-    r"""Ask a real vision-language model about pictures. Nothing leaves this machine.
+    """Ask a real vision-language model about pictures. Nothing leaves this machine.
 
     \b
     edge-vlm ask photo.jpg "What is on the table?"

@@ -65,7 +65,7 @@ def command(
     allow_format: tuple[str, ...],
     **options: Any,
 ) -> None:
-    r"""Answer QUESTION about pictures; they come first, the question last.
+    """Answer QUESTION about pictures; they come first, the question last.
 
     '-' reads a picture from stdin. Without a picture the question alone is answered. URLs are not
     fetched.

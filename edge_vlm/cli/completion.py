@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    r"""Print the script that completes edge-vlm's commands in a shell.
+    """Print the script that completes edge-vlm's commands in a shell.
 
     \b
     edge-vlm completion bash >> ~/.bashrc

@@ -41,7 +41,7 @@ def command(
     force: bool,
     verbose: bool,
 ) -> None:
-    r"""Turn a jina-vlm CHECKPOINT folder into a bundle.
+    """Turn a jina-vlm CHECKPOINT folder into a bundle.
 
     Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
     bundle.json. OUT appears only when it is complete and verified.

@@ -34,7 +34,7 @@ def command(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    r"""Show how a picture is tiled and what it costs, without running a model.
+    """Show how a picture is tiled and what it costs, without running a model.
 
     '--model jina-vlm' plans with the released settings and needs no weights.
 

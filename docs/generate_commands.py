@@ -1,0 +1,41 @@
+"""Write docs/commands.md from the commands' own help texts: python docs/generate_commands.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_vlm.cli import group
+
+TARGET = Path(__file__).with_name("commands.md")
+
+
+def commands_page() -> str:
+    """The page's text."""
+    parts = [
+        "# Commands\n",
+        "Written by `python docs/generate_commands.py`; a test compares it with the commands.\n",
+        "The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure, 2",
+        "for bad usage or input, 130 when stopped with Ctrl-C. Every option can also be set with an",
+        "environment variable `EDGE_VLM_<COMMAND>_<OPTION>`, such as `EDGE_VLM_ASK_MAX_TOKENS`.\n",
+    ]
+    width = {"max_content_width": 96, "terminal_width": 96}
+    root = click.Context(group, info_name="edge-vlm", **width, **group.context_settings)
+    parts.append(_block("edge-vlm", group.get_help(root)))
+    for name in group.list_commands(root):
+        command = group.get_command(root, name)
+        if command is None:
+            continue
+        context = click.Context(command, info_name=name, parent=root, **width)
+        parts.append(_block(f"edge-vlm {name}", command.get_help(context)))
+    return "\n".join(parts)
+
+
+def _block(title: str, text: str) -> str:
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    return f"## {title}\n\n```\n{lines}\n```\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(commands_page(), encoding="utf-8")
