@@ -13,11 +13,12 @@ import io
 import os
 import re
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 EXTRA_FORMATS = ("TIFF", "AVIF")  # on request only
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 256 << 20
+MAX_PNG_CHUNKS = 100_000
+MAX_PNG_TEXT_BYTES = 16 << 20  # of one chunk that holds no pixels
+MAX_JPEG_SCANS = 100  # each is a pass over all pixels; encoders write about ten
 
 _PLUGINS = {
     "JPEG": "JpegImagePlugin",
@@ -42,6 +46,8 @@ _PLUGINS = {
     "AVIF": "AvifImagePlugin",
 }
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
+_ORIENTATION = 0x0112
 _pillow_globals = threading.Lock()
 
 UInt8 = npt.NDArray[np.uint8]
@@ -71,14 +77,17 @@ def load_image(
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), "the image", max_pixels, extra_formats)
+        return _decode(io.BytesIO(source), "the image", max_pixels, extra_formats)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _decode(_data_url(source), "the data: URL", max_pixels, extra_formats)
+        data = io.BytesIO(_data_url(source))
+        return _decode(data, "the data: URL", max_pixels, extra_formats)
     if isinstance(source, str | os.PathLike):
-        label = os.fsdecode(os.fspath(source))
-        if re.match(r"[a-z][a-z0-9+.-]+://", label, re.IGNORECASE):
-            raise ImageError(f"{label[:200]}: URLs are not fetched; download the picture first")
-        return _decode(_read_file(Path(label), label), label, max_pixels, extra_formats)
+        name = os.fsdecode(os.fspath(source))
+        label = _label(name)
+        if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
+            raise ImageError(f"{label}: URLs are not fetched; download the picture first")
+        with _open_file(Path(name), label) as file:
+            return _decode(file, label, max_pixels, extra_formats)
     from PIL import Image
 
     if isinstance(source, Image.Image):
@@ -89,7 +98,13 @@ def load_image(
     )
 
 
-def _read_file(path: Path, label: str) -> bytes:
+def _label(name: str) -> str:
+    """A file's name for a message of one line."""
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    return name if name.isprintable() else repr(name)
+
+
+def _open_file(path: Path, label: str) -> IO[bytes]:
     try:
         # Looked at before it is opened: opening a FIFO would wait for a writer.
         info = path.stat()
@@ -97,14 +112,11 @@ def _read_file(path: Path, label: str) -> bytes:
             raise ImageError(f"{label}: is a folder, not a picture")
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(f"{label}: is not a regular file")
-        if info.st_size > MAX_FILE_BYTES:
-            raise ImageError(f"{label}: is larger than {MAX_FILE_BYTES >> 20} MiB")
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
+        return path.open("rb")
     except OSError as error:
         raise ImageError(f"{label}: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
-        raise ImageError(f"{label!r}: {error}") from error
+        raise ImageError(f"{label}: {error}") from error
 
 
 def _data_url(url: str) -> bytes:
@@ -119,23 +131,64 @@ def _data_url(url: str) -> bytes:
         raise ImageError(f"the data: URL is not valid base64 ({error})") from error
 
 
-def _decode(data: bytes, label: str, max_pixels: int, extra_formats: Sequence[str]) -> UInt8:
-    if not data:
+def _decode(file: IO[bytes], label: str, max_pixels: int, extra_formats: Sequence[str]) -> UInt8:
+    n_bytes = file.seek(0, os.SEEK_END)
+    if n_bytes == 0:
         raise ImageError(f"{label}: is empty")
-    if len(data) > MAX_FILE_BYTES:
+    if n_bytes > MAX_FILE_BYTES:
         raise ImageError(f"{label}: is larger than {MAX_FILE_BYTES >> 20} MiB")
     formats = _allowed(extra_formats)
     from PIL import Image, UnidentifiedImageError
 
     with _pillow_errors(label):
+        _check_structure(file, label, n_bytes)
+        file.seek(0)
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
+            image = Image.open(file, formats=formats)
         except UnidentifiedImageError as error:
             raise ImageError(
                 f"{label}: is not a picture in a format that is read ({', '.join(formats)})"
             ) from error
         with image:
             return _to_rgb(image, label, max_pixels)
+
+
+def _check_structure(file: IO[bytes], label: str, n_bytes: int) -> None:
+    """Refuse what makes a decoder work for long on few pixels."""
+    file.seek(0)
+    start = file.read(8)
+    if start == b"\x89PNG\r\n\x1a\n":
+        _check_png(file, label, n_bytes)
+    elif start[:2] == b"\xff\xd8":
+        file.seek(0)
+        if _jpeg_scans(file.read()) > MAX_JPEG_SCANS:
+            raise ImageError(f"{label}: has more than {MAX_JPEG_SCANS} scans; save it anew")
+
+
+def _check_png(file: IO[bytes], label: str, n_bytes: int) -> None:
+    for _ in range(MAX_PNG_CHUNKS):
+        header = file.read(8)
+        if len(header) < 8 or header[4:] == b"IEND":
+            return
+        (length,) = struct.unpack(">I", header[:4])
+        if length > MAX_PNG_TEXT_BYTES and header[4:] != b"IDAT":
+            raise ImageError(f"{label}: holds {length >> 20} MiB that are not pixels; save it anew")
+        if file.seek(length + 4, os.SEEK_CUR) > n_bytes:
+            return  # cut short: the decoder finds out
+    raise ImageError(f"{label}: has more than {MAX_PNG_CHUNKS} chunks; save it anew")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Start-of-scan markers up to the end of the first picture in a JPEG file."""
+    n_scans, position = 0, 2
+    while match := _JPEG_MARKER.search(data, position):
+        marker, position = data[match.start() + 1], match.end()
+        if marker == 0xD9 or n_scans > MAX_JPEG_SCANS:
+            break
+        n_scans += marker == 0xDA
+        if marker != 0x01:  # the only marker left that has no length
+            position += int.from_bytes(data[position : position + 2], "big")
+    return n_scans
 
 
 def _allowed(extra_formats: Sequence[str]) -> tuple[str, ...]:
@@ -162,7 +215,8 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
     _check_size(width, height, label, max_pixels)
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
@@ -220,7 +274,7 @@ def _pillow_errors(label: str) -> Iterator[None]:
         except MemoryError as error:
             raise ImageError(f"{label}: not enough memory to decode it") from error
         except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error
-            reason = str(error) or type(error).__name__
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ImageError(f"{label}: is damaged or cut short ({reason})") from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated
