@@ -157,6 +157,8 @@ class Preparer:
         if not exact:
             crops = np.rint((crops + 1) * 127.5).astype(np.uint8)
         prefix, order = self.prefix(tiles.plan)
+        if picture.kind == "page":  # for vision alone: no prompt
+            prefix, order = [], np.full_like(order, -1)
         return Example(
             crops,
             prefix,
@@ -223,7 +225,7 @@ def _fill_slot(slots: Int16, label: int) -> None:
 def collate(examples: Sequence[Example]) -> Batch:
     """Put examples side by side, padded to the longest."""
     n_batch = len(examples)
-    length = max(example.length for example in examples)
+    length = max(1, *(example.length for example in examples))
     ids = np.zeros((n_batch, length), np.int64)
     positions = np.zeros((n_batch, length), np.int64)
     segment = np.full((n_batch, length), -1, np.int64)  # 0 the picture, 1.. its questions
@@ -253,7 +255,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         is_last.append(flags)
         kept = np.flatnonzero(example.order >= 0)
         used.append(kept + n_features)
-        rows.append(np.full(len(kept), row))
+        rows.append(np.full(len(kept), row, np.int64))
         columns.append(example.order[kept])
         n_features += len(example.order)
     seg = torch.from_numpy(segment)
@@ -277,8 +279,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         answer_columns=found[:, 1],
         targets=found[:, 2],
         question=found[:, 3],
-        family=torch.tensor(families),
-        language=torch.tensor(languages),
+        family=torch.tensor(families, dtype=torch.int64),
+        language=torch.tensor(languages, dtype=torch.int64),
     )
 
 

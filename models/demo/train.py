@@ -34,7 +34,7 @@ from models.demo.batches import (
     collate,
 )
 from models.demo.checkpoint import CHECKPOINT, model_config, save_weights, write_skeleton
-from models.demo.data import MIXTURE, make_picture
+from models.demo.data import TRAINING_MIXTURE, make_picture
 from models.demo.model import JinaVlm
 from models.demo.questions import FAMILIES
 
@@ -129,7 +129,7 @@ def draw_forever(
     seed = start
     while True:
         level = min(1.0, 0.2 + seed / ramp)
-        picture = make_picture(seed, MIXTURE, level, gentle=level < 0.5, n_rounds=3)
+        picture = make_picture(seed, TRAINING_MIXTURE, level, gentle=level < 0.5, n_rounds=3)
         out.put((seed, preparer.example(picture)))
         seed += step
 
@@ -176,7 +176,7 @@ class Pictures:
         while len(fresh) < most:
             enough = len(self._shown) >= wanted
             try:
-                seed, example = self._queue.get(timeout=0.001 if enough else 60)
+                seed, example = self._queue.get(timeout=0.2 if enough else 60)
             except queue.Empty:
                 if enough:
                     break
@@ -315,7 +315,7 @@ class Trainer:
                 "chars": characters.detach(),
             }
             auxiliary = auxiliary + fine
-            if self.step < options.pretrain:
+            if self.step < options.pretrain or len(batch.targets) == 0:
                 loss = auxiliary
             else:
                 scores = answer_scores(self.model, batch, features)
