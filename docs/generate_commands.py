@@ -16,9 +16,9 @@ def commands_page() -> str:
     parts = [
         "# Commands\n",
         "Written by `python docs/generate_commands.py`; a test compares it with the commands.\n",
-        "The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure, 2",
-        "for bad usage or input, 130 when stopped with Ctrl-C. Every option can also be set with an",
-        "environment variable `EDGE_VLM_<COMMAND>_<OPTION>`: `EDGE_VLM_ASK_MAX_TOKENS=99`.\n",
+        "The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,",
+        "2 for bad usage or input, 130 when stopped with Ctrl-C. Every option can also be set with",
+        "an environment variable `EDGE_VLM_<COMMAND>_<OPTION>`: `EDGE_VLM_ASK_MAX_TOKENS=99`.\n",
     ]
     width = {"max_content_width": 96, "terminal_width": 96}
     root = click.Context(group, info_name="edge-vlm", **width, **group.context_settings)
