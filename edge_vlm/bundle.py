@@ -11,19 +11,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from edge_vlm.errors import BundleError
+from edge_vlm.folders import WINDOWS_DEVICE, label
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 VISION_NAME = "vision.onnx"
 DECODER_NAME = "decoder.gguf"
 MAX_MANIFEST_BYTES = 4 << 20  # the released model's manifest is about 20 kB
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Margin = Annotated[int, Field(ge=0, le=1 << 10)]
@@ -35,13 +46,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("contains a character that cannot be printed")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_printable)]
+
+
 class ModelIdentity(_Part):
     """Which model this is and under which licence its weights are used."""
 
-    name: str = Field(min_length=1, max_length=200)
-    license: str = Field(max_length=200)
-    source: str = Field(max_length=1000)
-    revision: str | None = Field(default=None, max_length=200)
+    name: Printable = Field(min_length=1, max_length=200)
+    license: Printable = Field(max_length=200)
+    source: Printable = Field(max_length=1000)
+    revision: Printable | None = Field(default=None, max_length=200)
 
 
 class ImageProcessor(_Part):
@@ -107,7 +127,7 @@ class ImageProcessor(_Part):
 class Vision(_Part):
     """The vision tower and connector in ``vision.onnx``."""
 
-    precision: str = Field(min_length=1, max_length=40)
+    precision: Printable = Field(min_length=1, max_length=40)
     n_layers: Count
     hidden_size: Count
     output_size: Count
@@ -116,7 +136,7 @@ class Vision(_Part):
 class Decoder(_Part):
     """The language model in ``decoder.gguf``."""
 
-    precision: str = Field(min_length=1, max_length=40)
+    precision: Printable = Field(min_length=1, max_length=40)
     n_layers: Count
     hidden_size: Count
     ffn_size: Count
@@ -168,15 +188,19 @@ class FileRecord(_Part):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-FileName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*$", max_length=100)
-]
+def _plain_name(name: str) -> str:
+    if not _FILE_NAME.fullmatch(name) or len(name) > 100 or WINDOWS_DEVICE.match(name):
+        raise ValueError("is not a plain file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
 
 
 class Manifest(_Part):
     """The content of ``bundle.json``."""
 
-    format_version: Literal[1]
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
     model: ModelIdentity
     image_processor: ImageProcessor
     vision: Vision
@@ -184,7 +208,7 @@ class Manifest(_Part):
     tokens: Tokens
     prompt: Prompt
     files: dict[FileName, FileRecord] = Field(max_length=64)
-    created_with: dict[str, str] = Field(max_length=64)
+    created_with: dict[Printable, Printable] = Field(max_length=64)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:
@@ -224,7 +248,8 @@ class Bundle:
                 format, of another size, or a link that leaves the folder.
         """
         folder = Path(path)
-        bundle = cls(folder, parse_manifest(_read_manifest(folder), folder / MANIFEST_NAME))
+        text = _read_manifest(folder)
+        bundle = cls(folder, parse_manifest(text, label(folder / MANIFEST_NAME)))
         for name in bundle.manifest.files:
             bundle.file(name)
         return bundle
@@ -245,21 +270,21 @@ class Bundle:
         try:
             inside = path.resolve(strict=True).is_relative_to(self.path.resolve(strict=True))
             info = path.stat()
-        except OSError as error:
-            raise BundleError(f"{path}: {error.strerror or error}") from error
+        except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError until 3.13
+            raise BundleError(f"{label(path)}: {_reason(error)}") from error
         if not inside:
-            raise BundleError(f"{path}: is a link that leads out of the bundle")
+            raise BundleError(f"{label(path)}: is a link that leads out of the bundle")
         if not stat.S_ISREG(info.st_mode):
-            raise BundleError(f"{path}: is not a regular file")
+            raise BundleError(f"{label(path)}: is not a regular file")
         if info.st_size != record.size:
             raise BundleError(
-                f"{path}: has {info.st_size} bytes, the manifest says {record.size};"
+                f"{label(path)}: has {info.st_size} bytes, the manifest says {record.size};"
                 " copy or export the bundle again"
             )
         return path
 
 
-def parse_manifest(text: bytes, where: Path) -> Manifest:
+def parse_manifest(text: bytes, where: str | Path) -> Manifest:
     """Validate the bytes of a ``bundle.json``; ``where`` names it in errors.
 
     Raises:
@@ -281,7 +306,8 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        field = field[:100] if field.isprintable() else repr(field[:100])
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())[:500]
         raise BundleError(f"{where}: {field + ': ' if field else ''}{message}") from error
 
 
@@ -289,16 +315,20 @@ def _read_manifest(folder: Path) -> bytes:
     path = folder / MANIFEST_NAME
     try:
         if not folder.is_dir():
-            raise BundleError(f"{folder}: no such bundle folder")
+            raise BundleError(f"{label(folder)}: no such bundle folder")
         if not path.is_file():
-            raise BundleError(f"{folder}: is not a bundle, it has no {MANIFEST_NAME}")
+            raise BundleError(f"{label(folder)}: is not a bundle, it has no {MANIFEST_NAME}")
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        raise BundleError(f"{label(path)}: {_reason(error)}") from error
     if len(text) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
+        raise BundleError(f"{label(path)}: is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
     return text
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from edge_vlm.errors import BundleError
 
 APP = "edge-vlm"
 EMBEDDED = "demo"
+WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def label(path: str | os.PathLike[str]) -> str:
+    """A path for a message of one line."""
+    name = os.fspath(path)
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    return name if name.isprintable() else repr(name)
 
 
 def cache_folder() -> Path:
@@ -49,9 +57,9 @@ def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
     model = model or os.environ.get("EDGE_VLM_MODEL") or EMBEDDED
     if not isinstance(model, str):
         return Path(model)
-    if os.sep in model or (os.altsep and os.altsep in model) or Path(model).is_dir():
+    if os.sep in model or (os.altsep and os.altsep in model) or os.path.isdir(model):
         return Path(model)
-    if not _NAME.fullmatch(model):
+    if not _is_name(model):
         raise BundleError(f"{model[:100]!r}: is not the name of a model")
     installed = bundles_folder() / model
     if installed.is_dir():
@@ -65,6 +73,12 @@ def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
 
 def installed_names() -> list[str]:
     """Names that ``find_bundle`` knows."""
-    folder = bundles_folder()
-    found = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-    return sorted({EMBEDDED, *found})
+    try:
+        found = {path.name for path in bundles_folder().iterdir() if path.is_dir()}
+    except OSError:  # there is no such folder, or it may not be read
+        found = set()
+    return sorted({EMBEDDED, *filter(_is_name, found)})
+
+
+def _is_name(text: str) -> bool:
+    return bool(_NAME.fullmatch(text)) and not WINDOWS_DEVICE.match(text)

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm import folders
 from edge_vlm.errors import ImageError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def load_image(
         return _decode(data, "the data: URL", max_pixels, extra_formats)
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(os.fspath(source))
-        label = _label(name)
+        label = folders.label(name)
         if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
             raise ImageError(f"{label}: URLs are not fetched; download the picture first")
         with _open_file(Path(name), label) as file:
@@ -96,12 +97,6 @@ def load_image(
     raise ImageError(
         f"an image is a path, bytes, a PIL image or an array, not {type(source).__name__}"
     )
-
-
-def _label(name: str) -> str:
-    """A file's name for a message of one line."""
-    name = name if len(name) <= 300 else f"{name[:300]}..."
-    return name if name.isprintable() else repr(name)
 
 
 def _open_file(path: Path, label: str) -> IO[bytes]:
@@ -228,7 +223,13 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
         image = image.convert("RGBA")
     if image.mode != "RGB":
         image = image.convert("RGB")
-    return np.array(image)
+    # In strips: Pillow's own conversion would hold two more copies of the whole picture.
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    step = max(1, (1 << 22) // image.width)
+    for top in range(0, image.height, step):
+        box = (0, top, image.width, min(image.height, top + step))
+        pixels[top : top + step] = np.asarray(image.crop(box))
+    return pixels
 
 
 def _from_array(array: npt.NDArray[Any], max_pixels: int) -> UInt8:

@@ -34,6 +34,8 @@ _FIELDS: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _MAX_DEPTH = 64
+_MAX_FIELDS = 2_000_000  # walked in about two seconds; a released model has 100,000
+_MAX_ENTRY_BYTES = 4096  # of a path, and of its key
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -45,46 +47,59 @@ def external_files(path: Path) -> set[str]:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return set(_walk(data, 0, len(data), "model", 0))
+            return set(_Walk(data).locations(0, len(data), "model", 0))
     except (OSError, ValueError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: is not a valid ONNX file ({error})") from error
 
 
-def _walk(data: mmap.mmap, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
-    if depth > _MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    for field, begin, stop in _fields(data, start, end):
-        inner = _FIELDS[kind].get(field)
-        if inner == "entry":
-            entry = {f: data[a:b] for f, a, b in _fields(data, begin, stop)}
-            if entry.get(1) == b"location":
-                yield entry.get(2, b"").decode("utf-8")
-        elif inner is not None:
-            yield from _walk(data, begin, stop, inner, depth + 1)
+class _Walk:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._n_fields = 0
 
+    def locations(self, start: int, end: int, kind: str, depth: int) -> Iterator[str]:
+        """The locations named inside a message of type ``kind``."""
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        for field, begin, stop in self._fields(start, end):
+            inner = _FIELDS[kind].get(field)
+            if inner == "entry":
+                yield from self._location(begin, stop)
+            elif inner is not None:
+                yield from self.locations(begin, stop, inner, depth + 1)
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, begin, end) of each length-delimited field of a message."""
-    position = start
-    while position < end:
-        key, position = _varint(data, position, end)
-        wire = key & 7
-        if wire == _VARINT:
-            _, position = _varint(data, position, end)
-        elif wire == _FIXED64:
-            position += 8
-        elif wire == _FIXED32:
-            position += 4
-        elif wire == _BYTES:
-            length, position = _varint(data, position, end)
-            if length > end - position:
-                raise ValueError("a field is longer than its message")
-            yield key >> 3, position, position + length
-            position += length
-        else:
-            raise ValueError(f"unknown wire type {wire}")
-    if position > end:
-        raise ValueError("a field is longer than its message")
+    def _location(self, start: int, end: int) -> Iterator[str]:
+        if end - start > _MAX_ENTRY_BYTES:
+            raise ValueError("an external data entry is too long")
+        entry = {field: self._data[begin:stop] for field, begin, stop in self._fields(start, end)}
+        if entry.get(1) == b"location":
+            yield entry.get(2, b"").decode("utf-8")
+
+    def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(field number, begin, end) of each length-delimited field of a message."""
+        position = start
+        while position < end:
+            self._n_fields += 1
+            if self._n_fields > _MAX_FIELDS:
+                raise ValueError(f"more than {_MAX_FIELDS} fields")
+            key, position = _varint(self._data, position, end)
+            wire = key & 7
+            if wire == _VARINT:
+                _, position = _varint(self._data, position, end)
+            elif wire == _FIXED64:
+                position += 8
+            elif wire == _FIXED32:
+                position += 4
+            elif wire == _BYTES:
+                length, position = _varint(self._data, position, end)
+                if length > end - position:
+                    raise ValueError("a field is longer than its message")
+                yield key >> 3, position, position + length
+                position += length
+            else:
+                raise ValueError(f"unknown wire type {wire}")
+        if position > end:
+            raise ValueError("a field is longer than its message")
 
 
 def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:

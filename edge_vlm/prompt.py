@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from edge_vlm.bundle import Manifest
@@ -51,7 +51,7 @@ class PromptBuilder:
         self._tokenize = tokenize
         self._template = ChatTemplate(template)
         specials = sorted(self._tokens.special, key=len, reverse=True)
-        self._special = re.compile("|".join(re.escape(text) for text in specials))
+        self._specials = "|".join(re.escape(text) for text in specials)
         self._special_starts = {text[0] for text in specials}
 
     def build(self, messages: Sequence[Message]) -> list[Span]:
@@ -83,13 +83,13 @@ class PromptBuilder:
             always_start_with_space=self._prompt.always_start_with_space,
             image_prompt_token=self._prompt.image_prompt_token,
         )
+        rendered = Rendered(text, mark)
         placed = sum(
-            match.group() == self._prompt.image_prompt_token
-            for match in self._special.finditer(text)
+            match.group() == self._prompt.image_prompt_token for match in self._placed(rendered)
         )
         if placed != n_images:
             raise BundleError(f"chat template: placed {placed} image tokens for {n_images} images")
-        return Rendered(text, mark)
+        return rendered
 
     def spans(self, rendered: Rendered, *, first: bool) -> list[Span]:
         """Tokenize rendered text; ``first`` puts the begin-of-sequence token in front."""
@@ -97,7 +97,7 @@ class PromptBuilder:
         ids: list[int] = [self._tokens.bos] if first else []
         n_images = 0
         position = 0
-        for match in self._special.finditer(rendered.text):
+        for match in self._placed(rendered):
             ids += self._text_ids(rendered, position, match.start())
             position = match.end()
             if match.group() == self._prompt.image_prompt_token:
@@ -112,6 +112,11 @@ class PromptBuilder:
         if ids:
             spans.append(TokenSpan(tuple(ids)))
         return spans
+
+    def _placed(self, rendered: Rendered) -> Iterator[re.Match[str]]:
+        """The special tokens that the template placed: none has a mark in or behind its start."""
+        pattern = f"(?=.(?!{rendered.mark}))(?:{self._specials})"
+        return re.compile(pattern, re.DOTALL).finditer(rendered.text)
 
     def _text_ids(self, rendered: Rendered, start: int, end: int) -> list[int]:
         text = rendered.text[start:end].replace(rendered.mark, "")

@@ -93,7 +93,7 @@ def _stamp_file(bundle: Bundle) -> Path:
 def _read_stamps(bundle: Bundle) -> dict[str, list[str | int]]:
     try:
         data = json.loads(_stamp_file(bundle).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 
