@@ -110,10 +110,6 @@ class Conversation:
         self._busy = True
         try:
             yield from self._turn(new, options, progress or _ignore, cancel)
-        except BaseException:
-            if self._context and self._context.is_open:
-                self._context.truncate(self._state.n_cached)
-            raise
         finally:
             self._busy = False
 
@@ -141,7 +137,7 @@ class Conversation:
         text, ids = self._prompt(messages, pictures)
         n_kept = _common_prefix(ids, old.ids[: old.n_cached])
         context, max_tokens = self._make_room(len(ids), pictures, processor, options)
-        context.truncate(n_kept)
+        context.truncate(n_kept)  # also what a turn that was stopped has left
 
         if cancel:
             cancel.check()

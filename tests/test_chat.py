@@ -125,12 +125,16 @@ def test_a_follow_up_costs_only_its_own_tokens(vlm: EdgeVLM, chart: Path) -> Non
 
 def test_generated_ids_stay_cached_when_the_text_is_rendered_alike(vlm: EdgeVLM) -> None:
     """An answer that begins with the space the template puts there is not prefilled again."""
-    for seed in range(60):
+    for seed in range(200):
         with vlm.chat(max_tokens=4, temperature=2.0) as chat:
             first = chat.ask("Hello", seed=seed)
             state = chat._conversation._state
-            if not state.text.rpartition("Assistant:")[2].startswith(" "):
-                continue
+            raw = state.text.rpartition("Assistant:")[2]
+            engine = vlm._engine
+            assert engine is not None
+            canonical = engine.decoder.tokenize(f"Assistant:{raw} User:")
+            if not raw.startswith(" ") or _contains(canonical, first.token_ids[:-1]):
+                continue  # tokenizing the text again would do as well
             second = chat.ask("More", max_tokens=1, seed=0)
             # The last generated id was sampled but not computed yet.
             expected = first.prompt_tokens + len(first.token_ids) - 1
@@ -138,7 +142,11 @@ def test_generated_ids_stay_cached_when_the_text_is_rendered_alike(vlm: EdgeVLM)
                 expected += 1
             assert second.cached_tokens == expected
             return
-    pytest.fail("no seed gave an answer that begins with a space")
+    pytest.fail("no seed gave an answer that begins with a space and is tokenized differently")
+
+
+def _contains(ids: list[int], part: tuple[int, ...]) -> bool:
+    return any(tuple(ids[i : i + len(part)]) == part for i in range(len(ids)))
 
 
 def test_the_kv_cache_grows_and_keeps_what_it_holds(vlm: EdgeVLM, chart: Path) -> None:
@@ -206,8 +214,8 @@ def test_cancelling_from_another_thread_stops_inside_a_batch(
 def test_cancelling_inside_a_tile(
     bundle: Callable[..., Path], golden: dict[str, GoldenModel]
 ) -> None:
-    """onnxruntime looks between two operators; the call ends without the tile's output."""
-    model = golden["tiny-378"]
+    """Between two operators of the graph; the call ends without that tile's output."""
+    page = golden["tiny-378"].cases["image_page"].images[0]
     with EdgeVLM.load(bundle("tiny-378"), settings=MachineSettings(threads=1)) as vlm:
         cancel = CancelToken()
         done: list[int] = []
@@ -215,11 +223,12 @@ def test_cancelling_inside_a_tile(
         def stop_soon(progress: Progress) -> None:
             if progress.stage == "vision":
                 done.append(progress.done)
-                cancel.set()
+                if progress.done == 1:
+                    threading.Timer(0.005, cancel.set).start()
 
-        with pytest.raises(Cancelled):
-            vlm.ask(model.cases["image_page"].images[0], "Go.", progress=stop_soon, cancel=cancel)
-        assert done == [0]
+        with pytest.raises(Cancelled, match="while encoding the picture"):
+            vlm.ask(page, "Go.", progress=stop_soon, cancel=cancel)
+        assert done[-1] < 13
 
 
 def test_progress_tells_every_tile_batch_and_token(vlm: EdgeVLM, chart: Path) -> None:
