@@ -98,6 +98,7 @@ class Options:
     minutes: float
     ramp: int
     repeats: int
+    start: Path | None
 
 
 def parse(arguments: list[str]) -> Options:
@@ -116,6 +117,7 @@ def parse(arguments: list[str]) -> Options:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=0, help="stop after this time, 0: never")
     parser.add_argument("--ramp", type=int, default=15000, help="pictures until full difficulty")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights a new run begins with")
     parser.add_argument("--repeats", type=int, default=2, help="times a picture is shown, about")
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -258,6 +260,8 @@ class Trainer:
             ),
             torch.optim.AdamW(others, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01),
         ]
+        if options.start is not None:
+            self.model.load_state_dict(JinaVlm.load(options.start).state_dict())
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.step = 0
         self.next_seed = 0
