@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from edge_vlm.cancel import CancelToken
 
 Emit = Callable[[str, Any], None]
+_PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # on Windows, a wait without end would hold back Ctrl-C
 
 
 def run_interruptibly(work: Callable[[CancelToken, Emit], None]) -> Iterator[tuple[str, Any]]:
     """Run ``work(cancel, emit)`` in a thread and yield what it emits.
 
-    Ctrl-C, or closing the generator, sets ``cancel`` and waits for the work to end; a second Ctrl-C
-    ends the process at once. What the work raises is raised here.
+    Ctrl-C, or closing the generator, sets ``cancel`` and gives the work a second to end; if it
+    cannot (a model is being loaded), or at a second Ctrl-C, the process ends at once. What the work
+    raises is raised here.
     """
     events: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
     cancel = CancelToken()
@@ -44,9 +48,9 @@ def run_interruptibly(work: Callable[[CancelToken, Emit], None]) -> Iterator[tup
             yield event
     except BaseException:
         cancel.set()
-        _join(thread)
+        _stop(thread)
         raise
-    _join(thread)
+    thread.join()
     if failure:
         raise failure[0]
 
@@ -59,9 +63,15 @@ def _next(events: queue.SimpleQueue[tuple[str, Any] | None]) -> tuple[str, Any] 
             continue
 
 
-def _join(thread: threading.Thread) -> None:
+def _stop(thread: threading.Thread) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
-        while thread.is_alive():
+        while thread.is_alive() and time.monotonic() < deadline:
             thread.join(_POLL_SECONDS)
     except KeyboardInterrupt:
-        os._exit(130)  # native threads still run: an orderly exit would free memory under them
+        pass
+    if thread.is_alive():
+        # Not an orderly exit, which would free memory under native threads that still run.
+        sys.stderr.write("stopped\n")
+        sys.stderr.flush()
+        os._exit(130)
