@@ -30,7 +30,7 @@ BUDGET = 30_000_000  # of one rendering; a unit is a byte of a value or about 10
 BUDGET_PER_INPUT_BYTE = 64
 _NODE = 40
 _CALL = 1000
-_OBJECT = 100
+_OBJECT = 200
 
 # Filters, and whether they walk over everything inside their arguments.
 _FILTERS = {
@@ -252,6 +252,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return list(self._steps(values, _OBJECT))
 
     def _filter(self, name: str, function: Callable[..., Any], deep: bool) -> Callable[..., Any]:
+        first = int(hasattr(function, "jinja_pass_arg"))  # in front of it: jinja2's context
+
         def bounded(*args: Any, **kwargs: Any) -> Any:
             args = tuple(
                 self._listed(value) if isinstance(value, Iterator) else value for value in args
@@ -260,14 +262,14 @@ class _Environment(ImmutableSandboxedEnvironment):
             if deep:
                 self._pay_inside((args, kwargs))
             if name in ("list", "reverse"):
-                self._pay(_OBJECT * len(args[0]) if isinstance(args[0], str) else _size(args[0]))
+                value = args[first]
+                self._pay(_OBJECT * len(value) if isinstance(value, str) else _size(value))
             elif name == "replace":
-                old, new = str(args[2]), str(args[3])
-                text = str(args[1])
+                text, old, new = (str(value) for value in args[first : first + 3])
                 self._pay(_search_cost(text, old) + 4 * len(new) * (text.count(old) + 1))
             elif name == "join":
-                separator = args[2] if len(args) > 2 else kwargs.get("d", "")
-                self._pay(4 * len(str(separator)) * len(args[1]))
+                separator = args[first + 1] if len(args) > first + 1 else kwargs.get("d", "")
+                self._pay(4 * len(str(separator)) * len(args[first]))
             elif name in ("capitalize", "lower", "title", "tojson", "upper"):
                 self._pay_inside((args, kwargs))
                 self._pay_inside((args, kwargs))
