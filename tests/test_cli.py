@@ -224,6 +224,11 @@ def test_a_closed_stdout_is_quiet(bundle: Callable[..., Path], chart: Path) -> N
     assert b"unexpected" not in errors
 
 
+def _heed_interrupts() -> None:
+    """Background jobs of a shell start with SIGINT ignored, and hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to one process")
 @pytest.mark.parametrize("delay", [0.5, 1.5, 4.0])
 def test_ctrl_c_stops_at_once(
@@ -239,6 +244,7 @@ def test_ctrl_c_stops_at_once(
     command = [COMMAND, "ask", page, "Go on.", "--model", endless]
     process = subprocess.Popen(
         [*command, "--max-tokens", "100000", "--kv-budget", "60MB"],
+        preexec_fn=_heed_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "EDGE_VLM_THREADS": "1"},

@@ -386,6 +386,8 @@ export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(CHECKPOINT), str(tmp_path / "bundle")],
+        # Background jobs of a shell start with SIGINT ignored, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
