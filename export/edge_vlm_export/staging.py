@@ -28,7 +28,7 @@ def check_target(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise InputError(f"{out}: already exists; overwriting it has to be asked for")
+        raise InputError(f"{out}: already exists; --force (overwrite=True) replaces a bundle")
     if out.is_symlink() or not out.is_dir() or not (out / MANIFEST_NAME).is_file():
         raise InputError(f"{out}: is not a bundle folder, it is not overwritten")
 
