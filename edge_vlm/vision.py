@@ -42,7 +42,10 @@ class VisionTower:
         options.log_severity_level = self._severity
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would try the same again, and print that to stdout
             )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BundleError(

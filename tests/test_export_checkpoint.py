@@ -312,6 +312,15 @@ def test_a_huge_header_is_refused_before_it_is_read(
     refused(single, "header is larger than")
 
 
+@pytest.mark.parametrize("name", ["tiny-378", "tiny-126-tied"])
+def test_a_huge_number_of_tensors_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "MAX_TENSORS", 75)  # fewer than each, more than a shard
+    checkpoint = copy_checkpoint(name, tmp_path / "checkpoint", link_weights=True)
+    refused(checkpoint, "model.safetensors", "more than 75 tensors")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_folder_in_place_of_a_file_is_refused(single: Path, name: str) -> None:
     (single / name).unlink()

@@ -368,6 +368,8 @@ def test_the_first_token_is_bos_or_else_eos(checkpoint: Path) -> None:
         ("model.vocab.\ud800", 760, "no valid text"),
         ("model.vocab.[PAD800]", 801, "has two ids"),
         ("added_tokens.3.id", 2, "added token"),
+        ("added_tokens.3", 7, "added_tokens[3]"),
+        ("added_tokens.3.content", "a\0b", "no valid text"),
         ("added_tokens.3.content", "<|im_end|>", "has two ids"),
     ],
 )
@@ -413,5 +415,6 @@ def test_the_normalizer_may_be_absent(checkpoint: Path) -> None:
 def test_merges_may_be_written_as_text(checkpoint: Path) -> None:
     settings = read_settings(checkpoint)
     merges = read_tokenizer(checkpoint, settings).merges
+    assert len(merges) == 484
     set_key(checkpoint / TOKENIZER, "model.merges", list(merges))
     assert read_tokenizer(checkpoint, settings).merges == merges

@@ -122,7 +122,8 @@ def test_a_template_like_llamas() -> None:
         ("{% macro f(a, b='x') %}[{{ a }}{{ b }}]{% endmacro %}{{ f(1) }}{{ f(2, b=3) }}",
          "[1x][23]"),
         ("{{ 'yes' if 1 < 2 <= 2 and not false else 'no' }}", "yes"),
-        ("{{ 1 < 2 > 3 }}{{ 3 < 2 < 5 }}{{ 'a' in 'cat' }}{{ 2 not in [1] }}", "FalseFalseTrueTrue"),  # noqa: E501
+        ("{{ 1 < 2 > 3 }}{{ 3 < 2 < 5 }}{{ 'a' in 'cat' }}{{ 2 not in [1] }}",
+         "FalseFalseTrueTrue"),
         ("{{ {'b': 'é<&>', 'a': [1, none, true]} | tojson }}",
          '{"b": "é<&>", "a": [1, null, true]}'),
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),

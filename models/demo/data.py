@@ -40,7 +40,7 @@ MIXTURE: Mapping[str, float] = {
     "table": 0.8,
 }
 # Pages teach reading many times faster than words that are asked about, one by one.
-TRAINING_MIXTURE: Mapping[str, float] = {**MIXTURE, "page": 1.5}
+TRAINING_MIXTURE: Mapping[str, float] = {**MIXTURE, "page": 3.0}
 
 
 @dataclass(frozen=True)
