@@ -1,7 +1,8 @@
-"""Where files are kept: bundles that come with the package or were installed, and the cache."""
+"""Where files are kept (bundles, the cache, the user's choice) and which bundle a name means."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from edge_vlm.errors import BundleError
 
 APP = "edge-vlm"
 EMBEDDED = "demo"
+CHOICE_NAME = "model.json"
 WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -39,6 +41,36 @@ def bundles_folder() -> Path:
     return Path(platformdirs.user_data_dir(APP)) / "bundles"
 
 
+def config_folder() -> Path:
+    """``EDGE_VLM_CONFIG``, else the platform's folder for settings."""
+    if folder := os.environ.get("EDGE_VLM_CONFIG"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir(APP))
+
+
+def chosen_model() -> str | None:
+    """What ``edge-vlm use`` chose: a name or an absolute path; None when nothing was chosen.
+
+    Raises:
+        BundleError: the file that holds the choice is damaged.
+    """
+    path = config_folder() / CHOICE_NAME
+    try:
+        with path.open("rb") as file:
+            choice = json.loads(file.read(1 << 16))["model"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BundleError(
+            f"{label(path)}: cannot be read; 'edge-vlm use NAME' writes it anew"
+        ) from error
+    if not isinstance(choice, str) or not choice:
+        raise BundleError(f"{label(path)}: names no model; 'edge-vlm use NAME' writes it anew")
+    return choice
+
+
 def embedded_bundle() -> Path:
     """The model that comes with the package."""
     package = Path(__file__).parent
@@ -51,14 +83,24 @@ def embedded_bundle() -> Path:
 def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
     """The folder of a bundle: a path, or the name of an embedded or installed one.
 
+    Without ``model``, that of ``EDGE_VLM_MODEL``, else the one chosen with ``edge-vlm use``, else
+    the embedded one.
+
     Raises:
         BundleError: there is none of that name.
     """
-    model = model or os.environ.get("EDGE_VLM_MODEL") or EMBEDDED
+    model = model or os.environ.get("EDGE_VLM_MODEL")
+    if not model:
+        choice = chosen_model() or EMBEDDED
+        return Path(choice) if os.path.isabs(choice) else _named(choice)
     if not isinstance(model, str):
         return Path(model)
     if os.sep in model or (os.altsep and os.altsep in model) or os.path.isdir(model):
         return Path(model)
+    return _named(model)
+
+
+def _named(model: str) -> Path:
     if not _is_name(model):
         raise BundleError(f"{model[:100]!r}: is not the name of a model")
     installed = bundles_folder() / model

@@ -62,7 +62,7 @@ class EdgeVLM(_Closing):
         """Load a bundle.
 
         Args:
-            model: a bundle's folder or name; by default ``EDGE_VLM_MODEL``, else the embedded one.
+            model: a bundle's folder or name; by default as ``edge_vlm.folders.find_bundle``.
             settings: the machine's; by default read from ``EDGE_VLM_*``.
             progress: called while the files are compared with their checksums.
 

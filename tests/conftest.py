@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +19,8 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = ("tiny-378", "tiny-126-tied")
+COMMAND = shutil.which("edge-vlm", path=str(Path(sys.executable).parent)) or "edge-vlm"
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,44 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return export
+
+
+@pytest.fixture
+def run(bundle: Callable[..., Path], tmp_path: Path) -> Run:
+    """``run(*arguments, stdin=b"", **environment)``: the command in an empty folder.
+
+    It uses a golden model unless EDGE_VLM_MODEL says otherwise.
+    """
+
+    def runner(
+        *arguments: str | os.PathLike[str], stdin: bytes = b"", **environment: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [COMMAND, *map(os.fspath, arguments)],
+            input=stdin,
+            capture_output=True,
+            cwd=tmp_path,
+            timeout=60,
+            env={
+                **os.environ,
+                "EDGE_VLM_MODEL": str(bundle("tiny-126-tied")),
+                "EDGE_VLM_THREADS": "1",
+                **environment,
+            },
+        )
+
+    return runner
+
+
+def assert_one_line(result: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
+    text = result.stderr.decode()
+    assert result.returncode == code, text
+    assert result.stdout == b""
+    assert "Traceback" not in text
+    errors = [line for line in text.splitlines() if line.startswith("Error:")]
+    assert len(errors) == 1, text
+    for word in words:
+        assert word in errors[0]
 
 
 @pytest.fixture(autouse=True)

@@ -634,6 +634,25 @@ def test_any_bytes_are_scanned_or_refused(scratch: Path, data: bytes) -> None:
     assert all(isinstance(name, str) for name in found)
 
 
+@pytest.mark.parametrize("output", ["embeddings", "marker_embeddings"])
+def test_a_graph_with_one_output_of_another_shape(folder: Path, output: str) -> None:
+    path = folder / VISION_NAME
+    changed = onnx.load(path)
+    (value,) = (value for value in changed.graph.output if value.name == output)
+    changed.graph.node.add(
+        op_type="Concat", input=[output, output], output=["twice"]
+    ).attribute.add(name="axis", type=onnx.AttributeProto.INT, i=-1)
+    for node in changed.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                names[index] = {output: "once", "twice": output}.get(name, name)
+    value.name = output
+    value.type.tensor_type.shape.dim[-1].dim_value *= 2
+    path.write_bytes(changed.SerializeToString())
+    record(folder, VISION_NAME)
+    refused(folder, f"{path}: its inputs and outputs are not those of the manifest")
+
+
 def test_a_graph_with_another_interface_and_one_that_does_not_load(folder: Path) -> None:
     path = folder / VISION_NAME
     path.write_bytes(model(graph()).SerializeToString())

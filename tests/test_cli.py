@@ -16,51 +16,14 @@ from pathlib import Path
 import pytest
 
 from edge_vlm import EdgeVLM, MachineSettings
-from tests.conftest import GoldenModel
+from tests.conftest import COMMAND, GoldenModel, Run, assert_one_line
 
 MODEL = "tiny-126-tied"
-COMMAND = shutil.which("edge-vlm", path=str(Path(sys.executable).parent)) or "edge-vlm"
-Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
-
-
-@pytest.fixture
-def run(bundle: Callable[..., Path], tmp_path: Path) -> Run:
-    """``run(*arguments, stdin=b"", model=MODEL)``: the command in an empty folder."""
-
-    def runner(
-        *arguments: str | os.PathLike[str], stdin: bytes = b"", **environment: str
-    ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [COMMAND, *map(os.fspath, arguments)],
-            input=stdin,
-            capture_output=True,
-            cwd=tmp_path,
-            timeout=60,
-            env={
-                **os.environ,
-                "EDGE_VLM_MODEL": str(bundle(MODEL)),
-                "EDGE_VLM_THREADS": "1",
-                **environment,
-            },
-        )
-
-    return runner
 
 
 @pytest.fixture
 def chart(golden: dict[str, GoldenModel]) -> Path:
     return golden[MODEL].cases["image_chart"].images[0]
-
-
-def assert_one_line(result: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
-    text = result.stderr.decode()
-    assert result.returncode == code, text
-    assert result.stdout == b""
-    assert "Traceback" not in text
-    errors = [line for line in text.splitlines() if line.startswith("Error:")]
-    assert len(errors) == 1, text
-    for word in words:
-        assert word in errors[0]
 
 
 def test_golden_question_through_the_command(run: Run, golden: dict[str, GoldenModel]) -> None:

@@ -19,6 +19,8 @@ _COMMANDS = {
     "export": "Turn a jina-vlm checkpoint into a bundle.",
     "info": "Show what a bundle is and whether its files are intact.",
     "plan": "Show how a picture is tiled and what it costs, without running a model.",
+    "tiles": "Draw how a picture is cut into tiles.",
+    "use": "Choose the model that is used when none is named.",
 }
 
 

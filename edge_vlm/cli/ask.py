@@ -76,6 +76,7 @@ def command(
     edge-vlm ask --json --max-tiles 4 page.png "Summarize this." | jq -r .answer
     """
     request = _request(words, messages)
+    from edge_vlm.cli.models import pick_model
     from edge_vlm.machine import MachineSettings
 
     settings = MachineSettings.from_environment(
@@ -85,7 +86,7 @@ def command(
         image_formats=allow_format or None,
     )
     request |= {name: value for name, value in options.items() if value is not None}
-    answer = _run(model, settings, request, echo=not as_json)
+    answer = _run(pick_model(model), settings, request, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
     elif not sys.stdout.closed:

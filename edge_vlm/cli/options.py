@@ -34,7 +34,8 @@ def model_option(function: F) -> F:
         "-m",
         envvar="EDGE_VLM_MODEL",
         metavar="PATH_OR_NAME",
-        help="Bundle to use (EDGE_VLM_MODEL); by default the embedded one.",
+        help="Bundle to use (EDGE_VLM_MODEL); by default the one chosen with 'edge-vlm use', else"
+        " the built-in demo.",
     )(function)
 
 
