@@ -1,0 +1,143 @@
+"""The demo model: its drawn pictures, its tokenizer, and that its bundle looks at the picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from edge_vlm_export import export_checkpoint
+from tokenizers import Tokenizer
+
+from edge_vlm import EdgeVLM, MachineSettings, conversation
+from edge_vlm.bundle import Bundle, ImageProcessor
+from edge_vlm.folders import embedded_bundle
+from edge_vlm.tiling import Tiles, cut_tiles, plan_tiling
+from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
+from models.demo.drawing import PALETTE
+from models.demo.fonts import font_files
+from models.demo.language import LANGUAGES
+from models.demo.questions import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "models" / "demo" / "checkpoint"
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Picture]:
+    seeds = [*range(60), *range(EVALUATION_SEEDS, EVALUATION_SEEDS + 60)]
+    return [make_picture(seed) for seed in seeds]
+
+
+def test_a_seed_is_a_picture(pictures: list[Picture]) -> None:
+    again = make_picture(7)
+    assert np.array_equal(again.pixels, pictures[7].pixels)
+    assert again.questions == pictures[7].questions
+    assert len({hashlib.sha256(p.pixels.tobytes()).digest() for p in pictures}) == len(pictures)
+
+
+def test_fonts_for_evaluation_are_not_trained_on() -> None:
+    training, held_back = ({Path(f).name for f in font_files(side)} for side in (False, True))
+    assert len(training) > 20
+    assert len(held_back) > 5
+    assert not training & held_back
+
+
+def test_every_family_in_every_language(pictures: list[Picture]) -> None:
+    asked = {(q.family, q.language) for picture in pictures for q in picture.questions}
+    assert {family for family, _ in asked} == set(FAMILIES)
+    assert {language for _, language in asked} == set(LANGUAGES)
+    for question in (q for picture in pictures for q in picture.questions):
+        assert question.answer == question.answer.strip() != ""
+        assert "\n" not in question.text + question.answer
+        if question.family == "count":
+            assert 0 <= int(question.answer) <= 8
+        elif question.family == "reading":
+            assert 1 <= len(question.answer) <= 8
+
+
+def test_a_question_has_one_answer(pictures: list[Picture]) -> None:
+    for picture in pictures:
+        answers: dict[str, set[str]] = {}
+        for question in picture.questions:
+            answers.setdefault(question.text, set()).add(question.answer)
+        assert all(len(found) == 1 for found in answers.values())
+
+
+def test_pictures_need_one_tile_or_several(pictures: list[Picture]) -> None:
+    settings = Bundle.open(embedded_bundle()).manifest.image_processor
+    crops = {plan_tiling(*p.pixels.shape[:2], settings).n_crops for p in pictures}
+    assert {2, 3, 5, 7} <= crops
+
+
+def test_things_have_the_colour_that_the_answers_name() -> None:
+    """Against the pixels, not against the record that answers are made from."""
+    checked = 0
+    for seed in range(60):
+        picture = make_picture(seed, {"shapes": 1.0}, gentle=True)
+        canvas, (height, width) = picture.canvas, picture.pixels.shape[:2]
+        for thing in canvas.things:
+            if thing.noun not in ("circle", "square", "diamond", "star", "heart"):
+                continue
+            y, x = thing.y / canvas.height * height, thing.x / canvas.width * width
+            seen = picture.pixels[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].mean((0, 1))
+            nearest = min(PALETTE, key=lambda name: math.dist(PALETTE[name], seen))
+            checked += 1
+            assert nearest == thing.colour, f"seed {seed}: {thing}"
+    assert checked > 60
+
+
+def test_the_tokenizer_gives_back_every_question_and_answer(pictures: list[Picture]) -> None:
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    for question in (q for picture in pictures for q in picture.questions):
+        for text in (question.text, question.answer):
+            ids = tokenizer.encode(f" {text}", add_special_tokens=False).ids
+            assert tokenizer.decode(ids) == f" {unicodedata.normalize('NFC', text)}"
+            assert len(ids) < 64
+
+
+def test_training_also_sees_pages_of_print() -> None:
+    page = make_picture(0, {"page": 1.0})
+    assert page.questions == []
+    assert len(page.canvas.glyphs) > 30
+    assert "page" in TRAINING_MIXTURE
+
+
+def test_the_bundle_is_the_exported_checkpoint(tmp_path: Path) -> None:
+    manifest = Bundle.open(embedded_bundle()).manifest
+    out = export_checkpoint(
+        CHECKPOINT,
+        tmp_path / "demo",
+        vision=manifest.vision.precision,
+        decoder=manifest.decoder.precision,
+        name=manifest.model.name,
+    )
+    assert Bundle.open(out).manifest.files == manifest.files
+
+
+@pytest.mark.parametrize("blank", ["tiles", "thumbnail"])
+def test_both_views_of_a_picture_matter(monkeypatch: pytest.MonkeyPatch, blank: str) -> None:
+    """Many of the example questions are answered wrongly without tiles or thumbnail."""
+    questions = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
+
+    def cut(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Tiles:
+        tiles = cut_tiles(pixels, settings)
+        tiles.crops[slice(1, None) if blank == "tiles" else slice(0, 1)] = -1
+        return tiles
+
+    def n_right(vlm: EdgeVLM) -> int:
+        return sum(
+            vlm.ask(EXAMPLES / q["image"], q["question"]).answer == q["answer"]
+            for q in questions
+        )
+
+    with EdgeVLM.load("demo", settings=MachineSettings(threads=1)) as vlm:
+        whole = n_right(vlm)
+        monkeypatch.setattr(conversation, "cut_tiles", cut)
+        assert n_right(vlm) < 0.75 * whole
