@@ -18,6 +18,7 @@ from edge_vlm import EdgeVLM, MachineSettings, conversation
 from edge_vlm.bundle import Bundle, ImageProcessor
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.tiling import Tiles, cut_tiles, plan_tiling
+from models.demo import fonts
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
 from models.demo.drawing import PALETTE
 from models.demo.fonts import font_files
@@ -42,11 +43,19 @@ def test_a_seed_is_a_picture(pictures: list[Picture]) -> None:
     assert len({hashlib.sha256(p.pixels.tobytes()).digest() for p in pictures}) == len(pictures)
 
 
-def test_fonts_for_evaluation_are_not_trained_on() -> None:
+def test_fonts_for_evaluation_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     training, held_back = ({Path(f).name for f in font_files(side)} for side in (False, True))
     assert len(training) > 20
     assert len(held_back) > 5
     assert not training & held_back
+
+    used: set[bool] = set()
+    monkeypatch.setattr(fonts, "font_files", lambda side: used.add(side) or font_files(side))
+    for first, side in ((0, False), (EVALUATION_SEEDS, True)):
+        used.clear()
+        for seed in range(first, first + 10):
+            make_picture(seed, {"words": 1.0})
+        assert used == {side}
 
 
 def test_every_family_in_every_language(pictures: list[Picture]) -> None:
@@ -133,8 +142,7 @@ def test_both_views_of_a_picture_matter(monkeypatch: pytest.MonkeyPatch, blank: 
 
     def n_right(vlm: EdgeVLM) -> int:
         return sum(
-            vlm.ask(EXAMPLES / q["image"], q["question"]).answer == q["answer"]
-            for q in questions
+            vlm.ask(EXAMPLES / q["image"], q["question"]).answer == q["answer"] for q in questions
         )
 
     with EdgeVLM.load("demo", settings=MachineSettings(threads=1)) as vlm:
