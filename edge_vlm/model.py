@@ -272,6 +272,8 @@ class Stream(_Closing):
 
 
 def _user(images: Any, question: str | None) -> Message:
+    if question is None:
+        raise PromptError("there is no question; it follows the images: ask(images, question)")
     if not isinstance(question, str) or not question.strip():
         raise PromptError("the question is empty")
     return user_message(_sequence(images), question)

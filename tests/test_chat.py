@@ -338,7 +338,7 @@ def test_closing_waits_for_nobody_and_breaks_nothing(
     [
         (((), ""), {}, "empty"),
         (((), "  "), {}, "empty"),
-        (((), None), {}, "empty"),
+        (("What is a barometer?",), {}, "no question"),
         (((), "Hi"), {"max_tokens": 0}, "max_tokens"),
         (((), "Hi"), {"nonsense": 1}, "nonsense"),
         (((), "Hi"), {"messages": [{"role": "user", "content": "Hi"}]}, "either"),
