@@ -11,6 +11,9 @@ from edge_vlm.cli.options import verbose_option
 
 EXTRA = ("gguf", "ml_dtypes", "onnx", "onnx_ir", "safetensors")  # modules of the export extra
 
+DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
+TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
+
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -24,10 +27,20 @@ EXTRA = ("gguf", "ml_dtypes", "onnx", "onnx_ir", "safetensors")  # modules of th
 )
 @click.option(
     "--decoder",
-    type=click.Choice(["f32", "f16", "bf16"]),
-    default="f16",
+    type=click.Choice(DECODERS),
+    default="q4_k_m",
     show_default=True,
-    help="Precision of the decoder's weights.",
+    help="Type of the decoder's weights; all but f16, bf16 and f32 are llama.cpp's mixtures.",
+)
+@click.option(
+    "--decoder-head",
+    type=click.Choice(TENSORS),
+    help="Type of the output head; by default q6_k, with q8_0 q8_0.",
+)
+@click.option(
+    "--decoder-embedding",
+    type=click.Choice(TENSORS),
+    help="Type of the token table; by default the mixture's main type.",
 )
 @click.option("--name", help="Name of the model in the manifest.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
@@ -37,6 +50,8 @@ def command(
     out: Path,
     vision: str,
     decoder: str,
+    decoder_head: str | None,
+    decoder_embedding: str | None,
     name: str | None,
     force: bool,
     verbose: bool,
@@ -65,9 +80,12 @@ def command(
             out,
             vision=vision,
             decoder=decoder,
+            decoder_head=decoder_head,
+            decoder_embedding=decoder_embedding,
             name=name,
             overwrite=force,
             progress=steps.show,
+            notice=lambda text: click.echo(text, err=True),
         )
     size = sum(path.stat().st_size for path in written.iterdir())
     click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)

@@ -26,7 +26,7 @@ from edge_vlm_export.layout import EMBEDDING, HEAD, NEW_EMBEDDING, TEXT
 from edge_vlm_export.onnx_graph import to_half
 from edge_vlm_export.tokenizer import Tokenizer
 
-PRECISIONS = ("f32", "f16", "bf16")
+UNQUANTIZED = ("f32", "f16", "bf16")
 SUPPRESS_TOKENS = "tokenizer.ggml.suppress_tokens"  # llama.cpp since 2026; ignored before
 
 _TYPES = {
@@ -56,6 +56,16 @@ class Output:
     def n_bytes(self) -> int:
         """Size of the stored values."""
         return math.prod(self.shape) * (4 if self.kind == gguf.GGMLQuantizationType.F32 else 2)
+
+
+def exact_precision(checkpoint: Checkpoint) -> str:
+    """The smallest of ``UNQUANTIZED`` that holds the checkpoint's decoder without rounding."""
+    stored = {
+        tensor.dtype
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) > 1 and (name == HEAD or name.startswith(TEXT))
+    }
+    return stored.pop().lower() if len(stored) == 1 else "f32"
 
 
 def plan_decoder(

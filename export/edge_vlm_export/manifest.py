@@ -24,7 +24,7 @@ from edge_vlm_export.json_file import read_text
 from edge_vlm_export.tokenizer import Tokenizer
 
 UNKNOWN_LICENSE = "unknown"
-WRITERS = ("edge-vlm", "gguf", "numpy", "onnx")
+WRITERS = ("edge-vlm", "gguf", "llama-cpp-python", "numpy", "onnx")
 MAX_README_BYTES = 4 << 20
 HASH_BLOCK = 4 << 20
 

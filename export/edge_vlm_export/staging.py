@@ -42,9 +42,12 @@ def check_space(parent: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     needed = n_bytes + SPARE_BYTES
     if free < needed:
-        raise InputError(
-            f"{parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
-        )
+        raise InputError(f"{parent}: {size_text(needed)} are needed, {size_text(free)} are free")
+
+
+def size_text(n_bytes: int) -> str:
+    """Bytes in GB or MB, for people."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.errors import EdgeVLMError
+from edge_vlm_export.llama import silent_llama
 
 
 def verify_bundle(folder: Path) -> None:
@@ -58,7 +55,7 @@ def _verify_decoder(bundle: Bundle) -> None:
     decoder, tokens = bundle.manifest.decoder, bundle.manifest.tokens
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    with _silent_llama(llama_cpp):
+    with silent_llama():
         model = llama_cpp.llama_model_load_from_file(
             str(bundle.file(DECODER_NAME)).encode(), params
         )
@@ -74,16 +71,3 @@ def _verify_decoder(bundle: Bundle) -> None:
                 raise EdgeVLMError(f"{DECODER_NAME} does not give id {token} to {text}")
     finally:
         llama_cpp.llama_model_free(model)
-
-
-@contextmanager
-def _silent_llama(llama_cpp: Any) -> Iterator[None]:
-    """Swallow llama.cpp's log, which has one receiver for the whole process."""
-    receiver, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(receiver), ctypes.byref(user_data))
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
-    try:
-        yield
-    finally:
-        llama_cpp.llama_log_set(receiver, user_data)

@@ -1,0 +1,132 @@
+"""llama.cpp as the exporter needs it: the tokenizer alone, and the logits of many positions."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.errors import EdgeVLMError
+
+Float32 = npt.NDArray[np.float32]
+BATCH_POSITIONS = 128  # bounds the logits held at once: 78 MB with the released vocabulary
+
+
+@contextmanager
+def silent_llama() -> Iterator[None]:
+    """Swallow llama.cpp's log, which has one receiver for the whole process."""
+    import llama_cpp
+
+    receiver, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(receiver), ctypes.byref(user_data))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(receiver, user_data)
+
+
+@contextmanager
+def loaded(path: Path, *, vocab_only: bool) -> Iterator[Any]:
+    """A model of llama.cpp.
+
+    Raises:
+        EdgeVLMError: it does not load.
+    """
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = vocab_only
+    params.n_gpu_layers = 0
+    with silent_llama():
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise EdgeVLMError(f"llama.cpp cannot load {path.name}")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def tokenize(model: Any, text: str) -> list[int]:
+    """Ids of plain text: special tokens are neither recognised nor added."""
+    import llama_cpp
+
+    data = text.encode()
+    ids = (llama_cpp.llama_token * (len(data) + 1))()
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    n = llama_cpp.llama_tokenize(vocab, data, len(data), ids, len(ids), False, False)
+    if n < 0:
+        raise EdgeVLMError("llama.cpp could not tokenize a calibration prompt")
+    return list(ids[:n])
+
+
+class Run:
+    """A context that computes whole prompts, with the runtime's settings."""
+
+    def __init__(self, model: Any, n_positions: int, threads: int) -> None:
+        import llama_cpp
+
+        self._api = llama_cpp
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_positions
+        params.n_batch = params.n_ubatch = params.n_outputs_max = BATCH_POSITIONS
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._n_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        with silent_llama():
+            self._context = llama_cpp.llama_init_from_model(model, params)
+        if not self._context:
+            raise EdgeVLMError("llama.cpp could not create a context")
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._api.llama_free(self._context)
+
+    def logits(
+        self, ids: npt.NDArray[np.int32], rows: Float32, wanted: npt.NDArray[np.bool_]
+    ) -> Iterator[tuple[int, Float32]]:
+        """Compute a prompt from its beginning; yields each wanted position with its logits.
+
+        Args:
+            ids: (n,) token ids, negative where the next of ``rows`` goes in.
+            rows: (n_rows, hidden_size) embeddings.
+            wanted: (n,) whether logits are wanted.
+
+        Raises:
+            EdgeVLMError: llama.cpp failed.
+        """
+        api, context = self._api, self._context
+        api.llama_memory_seq_rm(api.llama_get_memory(context), 0, 0, -1)
+        start = n_rows = 0
+        while start < len(ids):
+            stop = start + 1
+            while (
+                stop < len(ids)
+                and stop - start < BATCH_POSITIONS
+                and (ids[stop] < 0) == (ids[start] < 0)
+            ):
+                stop += 1
+            batch = api.llama_batch()  # positions follow those in the cache
+            batch.n_tokens = stop - start
+            if ids[start] < 0:
+                part: npt.NDArray[Any] = np.ascontiguousarray(rows[n_rows : n_rows + stop - start])
+                n_rows += stop - start
+                batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            else:
+                part = np.ascontiguousarray(ids[start:stop], np.int32)
+                batch.token = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            flags = wanted[start:stop].astype(np.int8)
+            batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+            if code := api.llama_decode(context, batch):
+                raise EdgeVLMError(f"llama.cpp failed with code {code} on a calibration prompt")
+            for index in np.flatnonzero(flags):
+                pointer = api.llama_get_logits_ith(context, int(index))
+                yield start + int(index), np.ctypeslib.as_array(pointer, (self._n_ids,)).copy()
+            start = stop
