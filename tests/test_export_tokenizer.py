@@ -17,7 +17,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from edge_vlm_export.tokenizer import _SPLITS, _byte_alphabet
+from edge_vlm_export.tokenizer import SPLITS, byte_alphabet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -138,14 +138,14 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
     The golden vocabularies are small: most wrong splits would leave their ids as they are.
     """
-    letters = _byte_alphabet()
+    letters = byte_alphabet()
     pieces = [[a, b] for a in letters for b in letters]
     np.random.default_rng(0).shuffle(pieces)
     tokens = letters + ["".join(pair) for pair in pieces]
     source = json.loads(
         (GOLDEN / GOLDEN_NAMES[0] / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8")
     )
-    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == _SPLITS[0]
+    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLITS[0]
     source["added_tokens"] = []
     source["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
     source["model"]["merges"] = pieces

@@ -56,11 +56,16 @@ def group() -> None:
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Run the command line; every error a user can cause ends in one line."""
+    """Run the command line."""
+    run(group, "edge-vlm", args)
+
+
+def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
+    """Run a command line; every error a user can cause ends in one line."""
     arguments = sys.argv[1:] if args is None else args
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
-        code = group.main(arguments, prog_name="edge-vlm", standalone_mode=False)
+        code = command.main(arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None

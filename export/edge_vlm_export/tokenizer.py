@@ -23,7 +23,7 @@ MAX_TOKENIZER_BYTES = 32 << 20  # Qwen's has 11 MB
 MAX_TOKEN_LENGTH = 1 << 12
 
 # The rule as Qwen publishes it, and with its case-insensitive part spelled out.
-_SPLITS = tuple(
+SPLITS = tuple(
     contractions
     + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for contractions in (
@@ -119,7 +119,7 @@ def _check_kind(data: Section, model: Section) -> None:
     split.only("behavior", "Isolated")
     split.only("invert", False)
     pattern = split.section("pattern")
-    if pattern.data.get("Regex") not in _SPLITS:
+    if pattern.data.get("Regex") not in SPLITS:
         raise pattern.error("Regex", "which is not the splitting rule of Qwen2")
     byte_level.only("type", "ByteLevel")
     byte_level.only("add_prefix_space", False)
@@ -147,7 +147,7 @@ def _vocabulary(model: Section, n_ids: int) -> dict[int, str]:
             )
         _check_text(text, model)
         texts[token] = text
-    missing = set(_byte_alphabet()) - set(texts.values())
+    missing = set(byte_alphabet()) - set(texts.values())
     if missing:
         raise CheckpointError(
             f"{model.path}: model.vocab lacks {len(missing)} of the 256 byte tokens,"
@@ -232,7 +232,7 @@ def _first_token(folder: Path, data: Section, special: dict[str, int]) -> int:
     )
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The characters that stand for the 256 bytes in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = range(256 - len(printable))
