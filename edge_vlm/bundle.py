@@ -125,12 +125,20 @@ class ImageProcessor(_Part):
 
 
 class Vision(_Part):
-    """The vision tower and connector in ``vision.onnx``."""
+    """The vision tower and connector in ``vision.onnx``.
+
+    ``n_heads``, ``ffn_size``, ``feature_size`` (values of a patch that the connector sees) and
+    ``projector_size`` serve the planner alone; early bundles lack them.
+    """
 
     precision: Printable = Field(min_length=1, max_length=40)
     n_layers: Count
     hidden_size: Count
     output_size: Count
+    n_heads: Count | None = None
+    ffn_size: Count | None = None
+    feature_size: Count | None = None
+    projector_size: Count | None = None
 
 
 class Decoder(_Part):

@@ -18,10 +18,11 @@ import numpy.typing as npt
 
 from edge_vlm.bundle import DECODER_NAME, Bundle
 from edge_vlm.cancel import CancelToken
+from edge_vlm.cost import CONTEXT_STEP
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.options import AskOptions
-from edge_vlm.plan import CONTEXT_STEP
+from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
 _ABORTED = 2  # llama_decode's result when the abort callback answered true
@@ -33,10 +34,18 @@ class Decoder:
 
     Raises:
         BundleError: llama.cpp cannot load it, or it differs from the manifest.
+        InputError: a GPU was asked for, and this llama.cpp cannot use one.
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int, batch_size: int, kv_type: str, logs: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        batch_size: int,
+        kv_type: str,
+        layers_on_gpu: str | int = 0,
+        logs: bool = False,
     ) -> None:
         self._path = bundle.file(DECODER_NAME)
         self._geometry = bundle.manifest.decoder
@@ -47,7 +56,7 @@ class Decoder:
         self._api = _api()
         _set_logs(logs)
         params = self._api.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
         _recent_errors.clear()
         self._model = self._api.llama_model_load_from_file(str(self._path).encode(), params)
         if not self._model:
@@ -236,7 +245,12 @@ class Context:
         params.no_perf = True
         # On a CPU, llama.cpp's flash attention moves logits by 1.6 % of their range at 1,776
         # positions even in float32; without it they are right to 5e-5.
-        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # A quantized V cache works only with it.
+        params.flash_attn_type = (
+            api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if decoder._kv_type.startswith("q")
+            else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         _recent_errors.clear()
         context = api.llama_init_from_model(decoder._model, params)
         if not context:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from edge_vlm.errors import InputError
 from edge_vlm.image import MAX_PIXELS
+from edge_vlm.providers import PROVIDER_CHOICES, parse_gpu_layers
 
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
-KV_TYPES = {"f32": 4.0, "f16": 2.0}  # bytes per element
+# Bytes per element; blocks of 32 elements share a 2-byte scale in the quantized types.
+KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
 
 def default_threads() -> int:
@@ -37,6 +39,8 @@ class MachineSettings:
     batch_size: int = 512  # positions computed at once during prefill
     max_pixels: int = MAX_PIXELS  # of a picture
     image_formats: tuple[str, ...] = ()  # accepted besides the usual ones
+    provider: str = "auto"  # onnxruntime execution provider of the vision tower
+    gpu_layers: str | int = "auto"  # decoder layers on a GPU: a count, auto or all
     engine_logs: bool = False  # let llama.cpp and onnxruntime write to stderr
 
     def __post_init__(self) -> None:
@@ -52,13 +56,21 @@ class MachineSettings:
                 raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
         if self.kv_type not in KV_TYPES:
             raise InputError(f"kv_type: must be one of {', '.join(KV_TYPES)}, not {self.kv_type}")
+        if self.provider not in PROVIDER_CHOICES:
+            known = ", ".join(PROVIDER_CHOICES)
+            raise InputError(f"provider: must be one of {known}, not {self.provider}")
+        try:
+            parse_gpu_layers(str(self.gpu_layers))
+        except ValueError as error:
+            raise InputError(f"gpu_layers: {error}") from error
 
     @classmethod
     def from_environment(
         cls, environment: Mapping[str, str] | None = None, **overrides: object
     ) -> MachineSettings:
         """Overrides that are not None, else ``EDGE_VLM_THREADS``, ``EDGE_VLM_KV_BUDGET``,
-        ``EDGE_VLM_MAX_PIXELS`` and ``EDGE_VLM_ENGINE_LOGS``, else defaults.
+        ``EDGE_VLM_MAX_PIXELS``, ``EDGE_VLM_PROVIDER``, ``EDGE_VLM_GPU_LAYERS`` and
+        ``EDGE_VLM_ENGINE_LOGS``, else defaults.
 
         Raises:
             InputError: a variable does not hold what it should.
@@ -69,6 +81,8 @@ class MachineSettings:
             "threads": _whole_number,
             "kv_budget": parse_size,
             "max_pixels": parse_size,
+            "provider": str.lower,
+            "gpu_layers": parse_gpu_layers,
             "engine_logs": lambda text: text.lower() not in ("0", "false", "no", "off"),
         }
         for name, read in readers.items():

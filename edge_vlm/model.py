@@ -78,12 +78,18 @@ class EdgeVLM(_Closing):
                 progress(Progress("verify", done, total))
 
         verify(bundle, progress=report)
-        vision = VisionTower(bundle, threads=settings.threads, logs=settings.engine_logs)
+        vision = VisionTower(
+            bundle,
+            threads=settings.threads,
+            provider=settings.provider,
+            logs=settings.engine_logs,
+        )
         decoder = Decoder(
             bundle,
             threads=settings.threads,
             batch_size=settings.batch_size,
             kv_type=settings.kv_type,
+            layers_on_gpu=settings.gpu_layers,
             logs=settings.engine_logs,
         )
         engine = Engine(

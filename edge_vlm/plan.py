@@ -1,16 +1,129 @@
-"""What a picture costs, from its size alone."""
+"""What a picture costs, from its size alone: tokens, FLOPs, bytes, and seconds where known.
+
+``plan_image`` counts one picture, ``plan_request`` everything a question about it takes, and
+``check_budget`` refuses what does not fit. The arithmetic is in ``cost.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from edge_vlm.bundle import Decoder, ImageProcessor
-from edge_vlm.errors import BudgetError
+from edge_vlm import cost
+from edge_vlm.bundle import DECODER_NAME, Decoder, ImageProcessor, Manifest
+from edge_vlm.cost import CONTEXT_STEP, VisionSizes
+from edge_vlm.errors import BudgetError, InputError
 from edge_vlm.machine import KV_TYPES
+from edge_vlm.speeds import Speeds
 from edge_vlm.tiling import n_image_tokens, plan_tiling
 
-CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
+RESIDENCIES = ("together", "in-turns")
+QUESTION_TOKENS = 32  # of a chat template with a short question
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model as the planner sees it; file sizes in bytes."""
+
+    processor: ImageProcessor
+    vision: VisionSizes
+    vision_precision: str
+    vision_bytes: int
+    decoder: Decoder
+    decoder_bytes: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> ModelSizes:
+        """A bundle's: what is not the decoder belongs to the vision graph."""
+        files = {name: record.size for name, record in manifest.files.items()}
+        decoder_bytes = files.pop(DECODER_NAME)
+        return cls(
+            processor=manifest.image_processor,
+            vision=VisionSizes.of(manifest.vision),
+            vision_precision=manifest.vision.precision,
+            vision_bytes=sum(files.values()),
+            decoder=manifest.decoder,
+            decoder_bytes=decoder_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What the planner has to know about the request and the engines.
+
+    Raises:
+        InputError: a value is none of those that exist.
+    """
+
+    question_tokens: int = QUESTION_TOKENS  # of the prompt, besides the picture
+    answer_tokens: int = 512  # room for them is made before the answer begins
+    kv_type: str = "f16"
+    batch_size: int = 512
+    flash_attention: bool = False  # always on with a quantized KV cache, which needs it
+    repack: bool = True  # let llama.cpp keep interleaved copies of matrices
+    residency: str = "together"  # or in-turns: the vision session is released before the decoder
+    tiles_per_call: int = 1
+    processor_family: str = "x86"  # or arm; decides what is repacked
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("kv_type", tuple(KV_TYPES)),
+            ("residency", RESIDENCIES),
+            ("processor_family", tuple(cost.REPACKED)),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}: must be one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations by stage; ``decode`` is one token behind the whole prompt."""
+
+    vision: int
+    connector: int
+    prefill: int
+    decode: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by component; ``peak`` is what the process needs at its largest."""
+
+    python: int
+    picture: int  # pixels, crops and embeddings
+    vision_weights: int
+    onnxruntime_arena: int
+    decoder_weights: int
+    repacked_weights: int
+    kv_cache: int
+    compute_buffers: int
+    residency: str
+
+    @property
+    def peak(self) -> int:
+        """Peak resident bytes."""
+        vision = self.vision_weights + self.onnxruntime_arena
+        decoder = (
+            self.decoder_weights + self.repacked_weights + self.kv_cache + self.compute_buffers
+        )
+        both = vision + decoder if self.residency == "together" else max(vision, decoder)
+        return self.python + self.picture + both
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Predicted wall time; ``per_token`` of the answer."""
+
+    load: float
+    vision: float
+    prefill: float
+    per_token: float
+
+    @property
+    def first_token(self) -> float:
+        """From a loaded model to the first token."""
+        return self.vision + self.prefill + self.per_token
 
 
 @dataclass(frozen=True)
@@ -44,6 +157,124 @@ def plan_image(
         image_tokens=tokens,
         kv_bytes=tokens * decoder.kv_bytes_per_token(KV_TYPES[kv_type]),
         reduced=plan.is_reduced,
+    )
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """All that one question about one picture takes."""
+
+    image: ImagePlan
+    prompt_tokens: int
+    context: int  # positions allocated in the KV cache
+    flops: Flops
+    memory: Memory
+    seconds: Seconds | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the picture's own figures first, ``kv_bytes`` among them."""
+        own = asdict(self)
+        image = own.pop("image")
+        own["memory"]["peak"] = self.memory.peak
+        if self.seconds:
+            own["seconds"]["first_token"] = self.seconds.first_token
+        return {**image, **own}
+
+
+def plan_request(
+    model: ModelSizes,
+    width: int,
+    height: int,
+    settings: RequestSettings | None = None,
+    *,
+    max_tiles: int | None = None,
+    speeds: Speeds | None = None,
+) -> RequestPlan:
+    """Plan one question about a picture of ``width`` x ``height`` pixels.
+
+    Args:
+        model: sizes of the model.
+        width: pixels.
+        height: pixels.
+        settings: of the request and the engines.
+        max_tiles: at most so many tiles besides the thumbnail.
+        speeds: measured or estimated ones; without them ``seconds`` is None.
+
+    Raises:
+        ImageError: the aspect ratio is not supported.
+    """
+    settings = settings or RequestSettings()
+    processor, decoder, vision = (
+        limit_tiles(model.processor, max_tiles),
+        model.decoder,
+        model.vision,
+    )
+    image = plan_image(width, height, processor, decoder, settings.kv_type)
+    prompt = image.image_tokens + settings.question_tokens
+    context = min(
+        cost.context_size(prompt + settings.answer_tokens),
+        cost.context_size(decoder.max_sequence_length),
+    )
+    crop_bytes = 4 * processor.n_patches * processor.patch_values
+    vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
+    memory = Memory(
+        python=cost.PYTHON_BYTES,
+        # Vectors twice: as encoded, and in the order of the prompt.
+        picture=3 * width * height + image.crops * (crop_bytes + 2 * vector_bytes),
+        vision_weights=round(
+            model.vision_bytes * cost.VISION_COPIES.get(model.vision_precision, 1.0)
+        ),
+        onnxruntime_arena=cost.arena_bytes(processor, vision, settings.tiles_per_call),
+        decoder_weights=model.decoder_bytes,
+        repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
+        if settings.repack
+        else 0,
+        kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
+        compute_buffers=cost.compute_bytes(
+            decoder,
+            context,
+            settings.batch_size,
+            settings.kv_type,
+            settings.flash_attention or settings.kv_type.startswith("q"),
+        ),
+        residency=settings.residency,
+    )
+    return RequestPlan(
+        image=image,
+        prompt_tokens=prompt,
+        context=context,
+        flops=Flops(
+            vision=image.crops * cost.tower_flops(processor, vision),
+            connector=image.crops * cost.connector_flops(processor, vision),
+            prefill=cost.decoder_flops(decoder, prompt),
+            decode=cost.decoder_flops(decoder, 1, prompt),
+        ),
+        memory=memory,
+        seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
+    )
+
+
+def _predict(
+    model: ModelSizes, n_crops: int, n_prompt: int, kv_type: str, speeds: Speeds
+) -> Seconds:
+    """Scale measured speeds to this request.
+
+    Prefill is bound by arithmetic and goes with the FLOPs, whose attention part grows with the
+    square of the length; decode is bound by memory and goes with the bytes read for a token.
+    """
+
+    def bytes_read(n_positions: int) -> float:
+        per_position = model.decoder.kv_bytes_per_token(KV_TYPES[kv_type])
+        return model.decoder_bytes + n_positions * per_position
+
+    measured = speeds.prefill_tokens
+    work = cost.decoder_flops(model.decoder, n_prompt) / cost.decoder_flops(model.decoder, measured)
+    slower = bytes_read(n_prompt) / bytes_read(speeds.decode_positions)
+    return Seconds(
+        load=speeds.load_seconds,
+        vision=n_crops * speeds.vision_seconds_per_tile,
+        prefill=work * measured / speeds.prefill_tokens_per_second,
+        per_token=slower / speeds.decode_tokens_per_second,
     )
 
 

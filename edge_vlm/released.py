@@ -3,7 +3,9 @@
 Source: config.json and preprocessor_config.json of ``jinaai/jina-vlm`` on Hugging Face.
 """
 
-from edge_vlm.bundle import Decoder, ImageProcessor
+from edge_vlm import cost
+from edge_vlm.bundle import Decoder, ImageProcessor, Vision
+from edge_vlm.plan import ModelSizes
 
 NAME = "jina-vlm"
 
@@ -21,6 +23,17 @@ IMAGE_PROCESSOR = ImageProcessor(
     use_column_tokens=True,
 )
 
+VISION = Vision(
+    precision="fp16",
+    n_layers=25,  # of 27: nothing reads the last two
+    hidden_size=1152,
+    output_size=2048,
+    n_heads=16,
+    ffn_size=4304,
+    feature_size=2304,
+    projector_size=6144,
+)
+
 DECODER = Decoder(
     precision="f16",
     n_layers=28,
@@ -34,3 +47,23 @@ DECODER = Decoder(
     max_sequence_length=40960,
     tied_head=False,
 )
+
+VISION_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # per weight
+DECODER_PRECISIONS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+
+
+def model_sizes(vision: str = "fp16", decoder: str = "q4_k_m") -> ModelSizes:
+    """Sizes of a bundle in these precisions: keys of ``VISION_BYTES`` and ``DECODER_PRECISIONS``.
+
+    Norms and biases are left out: 0.1 % of the bytes.
+    """
+    geometry = DECODER.model_copy(update={"precision": decoder})
+    widths = cost.VisionSizes.of(VISION)
+    return ModelSizes(
+        processor=IMAGE_PROCESSOR,
+        vision=widths,
+        vision_precision=vision,
+        vision_bytes=widths.n_weights(IMAGE_PROCESSOR) * VISION_BYTES[vision],
+        decoder=geometry,
+        decoder_bytes=sum(cost.gguf_bytes(geometry, decoder).values()),
+    )

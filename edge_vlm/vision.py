@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from edge_vlm.bundle import VISION_NAME, Bundle
 from edge_vlm.cancel import CancelToken
-from edge_vlm.errors import BundleError, Cancelled, VisionError
+from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
 from edge_vlm.onnx_scan import external_files
+from edge_vlm.providers import open_session
 from edge_vlm.tiling import Tiles
 
 Float32 = npt.NDArray[np.float32]
@@ -25,9 +26,12 @@ class VisionTower:
     Raises:
         BundleError: the graph reads files outside the bundle, does not load, or has other inputs
             and outputs than the manifest says.
+        InputError: the execution provider that was asked for is not installed.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int, logs: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int, provider: str = "cpu", logs: bool = False
+    ) -> None:
         path = bundle.file(VISION_NAME)
         for name in external_files(path):
             if name not in bundle.manifest.files:
@@ -40,18 +44,25 @@ class VisionTower:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = self._severity
+
+        def create(providers: list[str]) -> Any:
+            # Its own fallback would try the same again, and print that to stdout.
+            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
         try:
-            self._session = ort.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,  # it would try the same again, and print that to stdout
-            )
+            self._session = open_session(provider, ort.get_available_providers(), create)
+        except InputError:
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BundleError(
                 f"{path}: onnxruntime cannot load it: {_first_line(error)}"
             ) from error
         self._check_interface(bundle)
+
+    @property
+    def providers(self) -> list[str]:
+        """Ids of the execution providers in use, the first preferred."""
+        return list(self._session.get_providers())
 
     def encode(
         self,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
+    hardware_options,
     image_options,
     json_option,
     kv_budget_option,
@@ -50,6 +51,7 @@ MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
 @max_tiles_option
 @kv_budget_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS).")
+@hardware_options
 @image_options
 @json_option
 @verbose_option
@@ -61,6 +63,8 @@ def command(
     verbose: bool,
     kv_budget: int | None,
     threads: int | None,
+    provider: str | None,
+    gpu_layers: str | int | None,
     max_pixels: int | None,
     allow_format: tuple[str, ...],
     **options: Any,
@@ -82,6 +86,8 @@ def command(
     settings = MachineSettings.from_environment(
         kv_budget=kv_budget,
         threads=threads,
+        provider=provider,
+        gpu_layers=gpu_layers,
         max_pixels=max_pixels,
         image_formats=allow_format or None,
     )

@@ -76,6 +76,44 @@ def kv_budget_option(function: F) -> F:
     )(function)
 
 
+class GpuLayers(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
+    """A number of layers, auto or all."""
+
+    name = "n|auto|all"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | int:
+        """Parse text."""
+        from edge_vlm.providers import parse_gpu_layers
+
+        try:
+            return parse_gpu_layers(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def hardware_options(function: F) -> F:
+    """``--provider`` and ``--gpu-layers``."""
+    from edge_vlm.providers import PROVIDER_CHOICES
+
+    for option in (
+        click.option(
+            "--provider",
+            type=click.Choice(PROVIDER_CHOICES, case_sensitive=False),
+            help="Where onnxruntime runs the vision tower (EDGE_VLM_PROVIDER; default auto).",
+        ),
+        click.option(
+            "--gpu-layers",
+            type=GpuLayers(),
+            help="Decoder layers on a GPU (EDGE_VLM_GPU_LAYERS; default auto: all, if llama.cpp"
+            " was built for one).",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def json_option(function: F) -> F:
     """``--json``."""
     return click.option(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,66 +18,288 @@ from edge_vlm.cli.options import (
     verbose_option,
 )
 
+if TYPE_CHECKING:
+    from edge_vlm.plan import Memory, ModelSizes, RequestPlan, RequestSettings
+    from edge_vlm.profiles import DeviceProfile
+    from edge_vlm.speeds import Speeds
+
+DEVICES = ("raspberry-pi-5-8gb", "raspberry-pi-5-4gb", "jetson-orin-nano-8gb", "laptop-4core")
+KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
+VISION = ("fp32", "fp16", "int8")
+DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+
 
 @click.command("plan")
-@click.argument("image", metavar="IMAGE_OR_WxH")
+@click.argument("image", metavar="IMAGE_OR_WxH", required=False)
 @model_option
 @max_tiles_option
+@click.option("--device", type=click.Choice(DEVICES), help="Predict for this machine instead.")
+@click.option("--kv-type", type=click.Choice(KV_TYPES), help="KV-cache element (default f16).")
+@click.option(
+    "--residency",
+    type=click.Choice(["together", "in-turns"]),
+    default="together",
+    show_default=True,
+    help="Keep vision and decoder in memory together, or one after the other.",
+)
+@click.option(
+    "--question-tokens",
+    type=click.IntRange(1, 1 << 20),
+    help="Tokens of the prompt besides the picture (default 32).",
+)
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512).")
+@click.option("--vision", type=click.Choice(VISION), help="With jina-vlm: its precision.")
+@click.option("--decoder", type=click.Choice(DECODER), help="With jina-vlm: its precision.")
+@click.option("--compare", is_flag=True, help="Beside other models, for the same picture.")
+@click.option("--paper", is_flag=True, help="The published efficiency table, computed again.")
 @image_options
 @json_option
 @verbose_option
 def command(
-    image: str,
+    image: str | None,
     model: str | None,
     max_tiles: int | None,
+    device: str | None,
+    vision: str | None,
+    decoder: str | None,
+    compare: bool,
+    paper: bool,
     max_pixels: int | None,
     allow_format: tuple[str, ...],
     as_json: bool,
     verbose: bool,
+    **request: Any,
 ) -> None:
     """Show how a picture is tiled and what it costs, without running a model.
 
-    '--model jina-vlm' plans with the released settings and needs no weights.
+    '--model jina-vlm' plans with the released settings and needs no weights. Seconds are shown
+    where they were measured on this machine, or as estimates of a '--device'.
 
     \b
     edge-vlm plan photo.jpg
-    edge-vlm plan 2728x2046 --model jina-vlm
+    edge-vlm plan 2728x2046 --model jina-vlm --device raspberry-pi-5-8gb
+    edge-vlm plan 2728x2046 --model jina-vlm --compare
+    edge-vlm plan --paper
     """
-    del verbose  # main() looks for it
+    if paper:
+        _paper(as_json)
+        return
+    if image is None:
+        raise click.UsageError("no picture; give a file or a size such as 2728x2046")
+    from edge_vlm.plan import plan_request
+    from edge_vlm.profiles import PROFILES
+
+    name, sizes, manifest = _model(model, vision, decoder)
+    width, height = _size(image, max_pixels, allow_format)
+    if compare:
+        _compare(sizes, width, height, name, max_tiles, as_json)
+        return
+    profile = PROFILES[device] if device else None
+    settings = _settings(profile, request)
+    speeds, source = _speeds(profile, sizes, manifest, settings.kv_type)
+    plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
+    if as_json:
+        data = plan.to_dict()
+        if profile:
+            data["device"] = dataclasses.asdict(profile)
+        click.echo(json.dumps({**data, "seconds_from": source}))
+        return
+    _show(plan, sizes, settings, source, profile)
+    if verbose and profile:
+        for line in profile.sources:
+            click.echo(f"estimated from {line}", err=True)
+
+
+def _model(
+    model: str | None, vision: str | None, decoder: str | None
+) -> tuple[str, ModelSizes, Any]:
+    """Name, sizes and, of a bundle, the manifest."""
     from edge_vlm import released
     from edge_vlm.bundle import Bundle
-    from edge_vlm.errors import ImageError
     from edge_vlm.folders import find_bundle
-    from edge_vlm.image import load_image
-    from edge_vlm.machine import MachineSettings
-    from edge_vlm.plan import limit_tiles, plan_image
+    from edge_vlm.plan import ModelSizes
 
     if model == released.NAME:
-        processor, decoder = released.IMAGE_PROCESSOR, released.DECODER
-    else:
-        manifest = Bundle.open(find_bundle(model)).manifest
-        processor, decoder = manifest.image_processor, manifest.decoder
+        return released.NAME, released.model_sizes(vision or "fp16", decoder or "q4_k_m"), None
+    if vision or decoder:
+        raise click.UsageError("--vision and --decoder go with '--model jina-vlm'")
+    bundle = Bundle.open(find_bundle(model))
+    return bundle.name, ModelSizes.of(bundle.manifest), bundle.manifest
+
+
+def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> tuple[int, int]:
+    """Width and height of a picture, or those that were typed."""
+    from edge_vlm.errors import ImageError
+    from edge_vlm.image import load_image
+    from edge_vlm.machine import MachineSettings
 
     size = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", image)
-    if size and not Path(image).exists():
-        width, height = int(size[1]), int(size[2])
-        if not width or not height:
-            raise ImageError(f"{image}: a picture has at least one pixel on each side")
-    else:
+    if not size or Path(image).exists():
         limit = MachineSettings.from_environment(max_pixels=max_pixels).max_pixels
         pixels = load_image(image, max_pixels=limit, extra_formats=allow_format)
-        height, width = pixels.shape[:2]
-    plan = plan_image(width, height, limit_tiles(processor, max_tiles), decoder)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(plan)))
-        return
-    reduced = ", reduced" if plan.reduced else ""
-    for label, value in (
-        ("size", f"{width}x{height}"),
-        ("used at", f"{plan.resized[0]}x{plan.resized[1]}{reduced}"),
-        ("tiling", f"{plan.tiling[0]}x{plan.tiling[1]}"),
-        ("crops", f"{plan.crops} (the thumbnail included)"),
-        ("image tokens", f"{plan.image_tokens}"),
-        ("KV cache", f"{plan.kv_bytes / 1e6:.1f} MB (f16)"),
-    ):
+        return pixels.shape[1], pixels.shape[0]
+    width, height = int(size[1]), int(size[2])
+    if not width or not height:
+        raise ImageError(f"{image}: a picture has at least one pixel on each side")
+    return width, height
+
+
+def _settings(profile: DeviceProfile | None, request: dict[str, Any]) -> RequestSettings:
+    import platform
+
+    from edge_vlm.cost import REPACKED
+    from edge_vlm.hardware import family
+    from edge_vlm.machine import MachineSettings
+    from edge_vlm.plan import RequestSettings
+
+    request["answer_tokens"] = request.pop("max_tokens")
+    here = family(platform.machine())
+    return RequestSettings(
+        batch_size=MachineSettings.from_environment().batch_size,
+        repack=not profile.on_gpu if profile else here in REPACKED,
+        processor_family=profile.processor_family
+        if profile
+        else here
+        if here in REPACKED
+        else "x86",
+        **{key: value for key, value in request.items() if value is not None},
+    )
+
+
+def _speeds(
+    profile: DeviceProfile | None, sizes: ModelSizes, manifest: Any, kv_type: str
+) -> tuple[Speeds | None, str | None]:
+    """Speeds and where they come from."""
+    from edge_vlm.hardware import fingerprint
+    from edge_vlm.speeds import speeds_file, stored_speeds
+
+    if profile:
+        return profile.speeds(sizes, kv_type), f"estimated for {profile.name}"
+    if manifest is None:
+        return None, None
+    stored = stored_speeds(speeds_file(manifest, fingerprint()))
+    return stored, "measured on this machine" if stored else None
+
+
+def _show(
+    plan: RequestPlan,
+    sizes: ModelSizes,
+    settings: RequestSettings,
+    source: str | None,
+    profile: DeviceProfile | None,
+) -> None:
+    image, memory, flops = plan.image, plan.memory, plan.flops
+    reduced = ", reduced" if image.reduced else ""
+    turns = "" if memory.residency == "together" else "; vision and decoder take turns"
+    lines = [
+        ("size", f"{image.size[0]}x{image.size[1]}"),
+        ("used at", f"{image.resized[0]}x{image.resized[1]}{reduced}"),
+        ("tiling", f"{image.tiling[0]}x{image.tiling[1]}"),
+        ("crops", f"{image.crops} (the thumbnail included)"),
+        ("image tokens", f"{image.image_tokens}"),
+        (
+            "KV cache",
+            f"{memory.kv_cache / 1e6:.1f} MB ({settings.kv_type}), {plan.context} positions: the"
+            f" prompt's {plan.prompt_tokens} and up to {settings.answer_tokens} of the answer",
+        ),
+        (
+            "work",
+            f"vision {_flops(flops.vision + flops.connector)}, prefill {_flops(flops.prefill)},"
+            f" then {_flops(flops.decode)} a token",
+        ),
+        ("precision", f"vision {sizes.vision_precision}, decoder {sizes.decoder.precision}"),
+        ("memory", f"{_bytes(memory.peak)} at the peak{turns}"),
+        *((f"  {name}", _bytes(size)) for name, size in _components(memory) if size),
+    ]
+    if profile:
+        share = memory.peak / profile.memory
+        verdict = "fits" if share < 0.85 else "tight" if share < 1 else "does not fit"
+        lines.append(("device", f"{profile.title}: {verdict}, {share:.0%} of its memory"))
+    if plan.seconds:
+        seconds = plan.seconds
+        lines.append(
+            (
+                "seconds",
+                f"load {seconds.load:.3g}, vision {seconds.vision:.3g},"
+                f" prefill {seconds.prefill:.3g}, first token after {seconds.first_token:.3g},"
+                f" then {1 / seconds.per_token:.3g} tokens/s ({source})",
+            )
+        )
+    else:
+        lines.append(("seconds", f"not measured here; --device estimates: {', '.join(DEVICES)}"))
+    for label, value in lines:
         click.echo(f"{label:<13} {value}")
+
+
+def _components(memory: Memory) -> tuple[tuple[str, int], ...]:
+    return (
+        ("vision", memory.vision_weights),
+        ("onnxruntime", memory.onnxruntime_arena),
+        ("decoder", memory.decoder_weights),
+        ("repacked", memory.repacked_weights),
+        ("KV cache", memory.kv_cache),
+        ("buffers", memory.compute_buffers),
+        ("picture", memory.picture),
+        ("Python", memory.python),
+    )
+
+
+def _compare(
+    sizes: ModelSizes, width: int, height: int, name: str, max_tiles: int | None, as_json: bool
+) -> None:
+    from edge_vlm.cli.table import format_table
+    from edge_vlm.compare import compare
+
+    found = compare(sizes, width, height, name=name, max_tiles=max_tiles)
+    if as_json:
+        models = [dataclasses.asdict(one) for one in found]
+        click.echo(json.dumps({"size": [width, height], "models": models}))
+        return
+    rows = [
+        (
+            one.name,
+            str(one.image_tokens),
+            _bytes(one.kv_bytes),
+            f"{one.prefill_flops / 1e12:.2f} TFLOPs",
+            _bytes(one.weights_bytes),
+        )
+        for one in found
+    ]
+    header = ("model", "image tokens", "KV cache f16", "prefill", "weights q4_k_m")
+    click.echo(format_table(header, rows))
+
+
+def _paper(as_json: bool) -> None:
+    from edge_vlm.cli.table import format_table
+    from edge_vlm.paper import efficiency_table
+    from edge_vlm.released import model_sizes
+
+    figures = efficiency_table(model_sizes())
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(figure) for figure in figures]))
+        return
+    rows = [
+        (
+            f"{figure.name}{', ' + figure.unit if figure.unit else ''}",
+            f"{figure.published:g}",
+            f"{figure.computed:.4g}",
+            f"{figure.deviation:+.1%}",
+            "" if figure.runtime is None else f"{figure.runtime:.4g}",
+        )
+        for figure in figures
+    ]
+    click.echo(format_table(("", "published", "computed", "differs", "edge-vlm"), rows))
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}" if unit == "GB" else f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.1f} kB"
+
+
+def _flops(n: int) -> str:
+    for unit, size in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n / 1e6:.1f} MFLOPs"

@@ -73,6 +73,10 @@ def build_manifest(
             n_layers=settings.vision.n_used_layers,
             hidden_size=settings.vision.hidden_size,
             output_size=settings.vision.output_size,
+            n_heads=settings.vision.attention.n_heads,
+            ffn_size=settings.vision.ffn_size,
+            feature_size=settings.vision.feature_size,
+            projector_size=settings.vision.projector_size,
         ),
         decoder=Decoder(
             precision=decoder,

@@ -1,0 +1,215 @@
+"""What a request costs in FLOPs and bytes, from sizes alone.
+
+A FLOP is a multiplication or an addition, so a matrix product costs two for each weight and
+position. Norms, activations and position encodings are left out: together they are under 1 %.
+Bytes follow what llama.cpp and onnxruntime allocate; the constants say where each comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_vlm.bundle import Decoder, ImageProcessor, Vision
+from edge_vlm.machine import KV_TYPES
+
+CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
+
+# Interpreter, numpy, Pillow, pydantic, onnxruntime and llama.cpp before a model is loaded.
+PYTHON_BYTES = 90_000_000
+
+# Copies of vision.onnx's weights that onnxruntime holds, in units of the files' bytes. It packs a
+# float32 matrix for its kernels and frees the original. Half-precision matrices are widened when
+# the session is created (twice their bytes) and the originals stay.
+VISION_COPIES = {"fp16": 3.0}
+
+# onnxruntime's arena grows during the first run, in which tensors are allocated one by one, and
+# once more for the second, for which it lays them out in one block.
+ARENA_BLOCKS = 2
+
+# Tensors types for which llama.cpp has interleaved ("repacked") kernels, and so keeps a second
+# copy of these matrices. Source: ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type.
+REPACKED = {
+    "x86": frozenset({"q4_0", "q4_K"}),  # with AVX2
+    "arm": frozenset({"q4_0", "q4_K", "q5_K", "q6_K", "q8_0"}),  # with dot product or i8mm
+}
+
+# Bytes per element of GGUF's tensor types. Source: ggml-common.h.
+TENSOR_TYPES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q6_K": 210 / 256,
+    "q5_K": 176 / 256,
+    "q4_K": 144 / 256,
+    "q4_0": 18 / 32,
+}
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """Widths of the vision tower and connector."""
+
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    ffn_size: int
+    feature_size: int
+    projector_size: int
+    output_size: int
+
+    @classmethod
+    def of(cls, vision: Vision) -> VisionSizes:
+        """A manifest's; what an early one lacks has the proportions of SigLIP2-So400M."""
+        hidden, out = vision.hidden_size, vision.output_size
+        return cls(
+            n_layers=vision.n_layers,
+            hidden_size=hidden,
+            n_heads=vision.n_heads or max(1, hidden // 72),
+            ffn_size=vision.ffn_size or round(hidden * 4304 / 1152),
+            feature_size=vision.feature_size or 2 * hidden,
+            projector_size=vision.projector_size or 3 * out,
+            output_size=out,
+        )
+
+    @property
+    def block_weights(self) -> int:
+        """Elements of one block's matrices."""
+        return self.hidden_size * (4 * self.hidden_size + 2 * self.ffn_size)
+
+    @property
+    def pooling_weights(self) -> tuple[int, int]:
+        """Elements that each pooled vector meets, and that each of the patches under it meets."""
+        hidden = self.hidden_size
+        return hidden * (self.feature_size + hidden), 2 * hidden * self.feature_size
+
+    @property
+    def projector_weights(self) -> int:
+        """Elements of the gated projector's matrices."""
+        return self.projector_size * (2 * self.hidden_size + self.output_size)
+
+    def n_weights(self, processor: ImageProcessor) -> int:
+        """Elements of all matrices."""
+        embedding = self.hidden_size * (processor.patch_values + processor.n_patches)
+        pooling = sum(self.pooling_weights)
+        return self.n_layers * self.block_weights + embedding + pooling + self.projector_weights
+
+
+def tower_flops(processor: ImageProcessor, vision: VisionSizes) -> int:
+    """FLOPs of the vision tower for one crop, its attention included."""
+    n = processor.n_patches
+    block = 2 * n * vision.block_weights + 4 * n * n * vision.hidden_size
+    return 2 * n * processor.patch_values * vision.hidden_size + vision.n_layers * block
+
+
+def connector_flops(processor: ImageProcessor, vision: VisionSizes) -> int:
+    """FLOPs of pooling and projection for one crop."""
+    n = processor.tokens_per_crop
+    window = processor.pooling_h * processor.pooling_w
+    for_pooled, for_patch = vision.pooling_weights
+    return 2 * n * (for_pooled + window * for_patch + vision.projector_weights)
+
+
+def block_weights(decoder: Decoder) -> int:
+    """Elements of one decoder block's matrices."""
+    attention = 2 * decoder.head_dim * (decoder.n_heads + decoder.n_kv_heads)
+    return decoder.hidden_size * (attention + 3 * decoder.ffn_size)
+
+
+def decoder_flops(decoder: Decoder, n_tokens: int, n_cached: int = 0) -> int:
+    """FLOPs of ``n_tokens`` new positions behind ``n_cached`` ones, logits of the last included."""
+    # Position i attends to itself and everything before it.
+    pairs = n_tokens * n_cached + n_tokens * (n_tokens + 1) // 2
+    attention = 4 * pairs * decoder.n_heads * decoder.head_dim
+    head = 2 * decoder.hidden_size * decoder.vocab_size
+    return 2 * n_tokens * decoder.n_layers * block_weights(decoder) + (
+        decoder.n_layers * attention + head
+    )
+
+
+def context_size(n_positions: int) -> int:
+    """Positions llama.cpp makes room for."""
+    return -(-n_positions // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def kv_bytes(decoder: Decoder, n_positions: int, kv_type: str) -> int:
+    """Bytes of the KV cache llama.cpp allocates for at least ``n_positions``."""
+    return context_size(n_positions) * decoder.kv_bytes_per_token(KV_TYPES[kv_type])
+
+
+def compute_bytes(
+    decoder: Decoder, n_context: int, batch_size: int, kv_type: str, flash_attention: bool
+) -> int:
+    """Bytes of llama.cpp's compute buffer when logits are read for one position.
+
+    Everything is float32, for ``batch_size`` positions at once: the inputs, and either the
+    attention scores of all heads or the tensors of the feed-forward part, whichever is larger.
+    """
+    hidden, query = 4 * decoder.hidden_size, 4 * decoder.n_heads * decoder.head_dim
+    mask = (2 if flash_attention else 4) * n_context
+    # Where each value of V goes, as int64: V lies transposed unless it is quantized.
+    places = 0 if kv_type.startswith("q") else 8 * decoder.n_kv_heads * decoder.head_dim
+    inputs = hidden + mask + places
+    scores = 0 if flash_attention else 4 * decoder.n_heads * n_context
+    attention = scores + 2 * hidden + 2 * query
+    # Residual, its norm, gate and up; their product takes the norm's place where it fits there.
+    product = decoder.ffn_size if decoder.ffn_size > decoder.hidden_size else 0
+    feed_forward = 2 * hidden + 4 * (2 * decoder.ffn_size + product)
+    return min(batch_size, n_context) * (inputs + max(attention, feed_forward))
+
+
+def arena_bytes(processor: ImageProcessor, vision: VisionSizes, tiles_per_call: int = 1) -> int:
+    """Peak bytes of onnxruntime's arena while it encodes."""
+    n = processor.n_patches
+    scores = 4 * n * n * vision.n_heads  # of all heads, before and after the softmax
+    feed_forward = 4 * n * vision.ffn_size  # before and after the activation
+    hidden = 4 * n * vision.hidden_size  # residual, its norm, and the states the connector reads
+    live = 2 * scores + 2 * feed_forward + 4 * hidden
+    return ARENA_BLOCKS * tiles_per_call * live
+
+
+def gguf_bytes(decoder: Decoder, precision: str) -> dict[str, int]:
+    """Bytes of the decoder's matrices by tensor type; empty for a precision not known here.
+
+    ``q4_k_m`` and ``q5_k_m`` follow llama.cpp's rule: attn_v and ffn_down of the first and last
+    eighth of the blocks and of every third between, and the head, are q6_K.
+    Source: llama-quant.cpp, llama_tensor_get_type_impl.
+    """
+    n_ids = decoder.vocab_size + decoder.additional_vocab_size
+    table = n_ids * decoder.hidden_size
+    head = 0 if decoder.tied_head else decoder.vocab_size * decoder.hidden_size
+    blocks = decoder.n_layers * block_weights(decoder)
+    name = precision.lower()
+    mixes = {"q4_k_m": "q4_K", "q5_k_m": "q5_K"}
+    if name in mixes:
+        better = sum(_gets_more_bits(i, decoder.n_layers) for i in range(decoder.n_layers))
+        value = decoder.hidden_size * decoder.n_kv_heads * decoder.head_dim
+        sixes = better * (value + decoder.hidden_size * decoder.ffn_size)
+        elements = {mixes[name]: blocks - sixes, "q6_K": sixes + (head or table)}
+        elements[mixes[name]] += table if head else 0
+    elif name in ("f32", "f16", "bf16", "q8_0"):
+        elements = {name: blocks + table + head}
+    elif name in ("q4_0", "q6_k"):
+        base = "q6_K" if name == "q6_k" else name
+        elements = {base: blocks + (table if head else 0)}
+        elements["q6_K"] = elements.get("q6_K", 0) + (head or table)
+    else:
+        return {}
+    return {kind: round(count * TENSOR_TYPES[kind]) for kind, count in elements.items()}
+
+
+def repacked_bytes(decoder: Decoder, precision: str, processor_family: str = "x86") -> int:
+    """Bytes of the second copy of matrices that llama.cpp repacks; the token table is not."""
+    kinds = REPACKED.get(processor_family, frozenset())
+    by_type = gguf_bytes(decoder, precision)
+    total = sum(size for kind, size in by_type.items() if kind in kinds)
+    table_type = "q6_K" if decoder.tied_head and len(by_type) > 1 else next(iter(by_type), "")
+    if table_type in kinds:
+        n_ids = decoder.vocab_size + decoder.additional_vocab_size
+        total -= round(n_ids * decoder.hidden_size * TENSOR_TYPES[table_type])
+    return total
+
+
+def _gets_more_bits(layer: int, n_layers: int) -> bool:
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
