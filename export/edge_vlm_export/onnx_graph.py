@@ -21,6 +21,8 @@ from onnx import TensorProto, helper
 from edge_vlm.errors import CheckpointError
 
 OPSET = 20  # the first with Gelu and its tanh form
+OPSET_INT4 = 21  # the first with four-bit integers and scales of blocks
+CONTRIB = "com.microsoft"  # onnxruntime's own operators
 # Weights beyond this go to a second file, which onnxruntime maps into memory instead of parsing.
 EXTERNAL_DATA_BYTES = 256 << 20
 PAGE = 4096  # alignment of large weights in the second file, so that they can be mapped
@@ -29,26 +31,35 @@ Array = npt.NDArray[Any]
 Load = Callable[[], Array]
 Written = Callable[[int], None]  # told the number of bytes of each weight written
 
-_TYPES = {
-    np.dtype(np.float32): TensorProto.FLOAT,
-    np.dtype(np.float16): TensorProto.FLOAT16,
-    np.dtype(np.int64): TensorProto.INT64,
+_TYPES: dict[int, np.dtype[Any]] = {
+    TensorProto.FLOAT: np.dtype(np.float32),
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.INT64: np.dtype(np.int64),
+    TensorProto.INT8: np.dtype(np.int8),
+    TensorProto.UINT8: np.dtype(np.uint8),
 }
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One initializer; ``load`` returns its values in any float type."""
+    """One initializer; ``load`` returns its values in any type that ``kind`` can hold.
+
+    ``kind`` is one of ``TensorProto``'s types. Four-bit integers are loaded as they are stored:
+    a flat array of bytes with two of them each, the first one in the lower half.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    kind: int
     load: Load
 
     @property
     def n_bytes(self) -> int:
         """Size of the stored values."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        n_values = math.prod(self.shape)
+        if self.kind == TensorProto.INT4:
+            return (n_values + 1) // 2
+        return n_values * _TYPES[self.kind].itemsize
 
     def values(self) -> Array:
         """The values as they are stored.
@@ -57,18 +68,21 @@ class Weight:
             CheckpointError: a value is too large for half precision.
         """
         values = self.load()
+        if self.kind == TensorProto.INT4:
+            assert values.nbytes == self.n_bytes, self.name  # noqa: S101
+            return values
         assert values.shape == self.shape, (self.name, values.shape, self.shape)  # noqa: S101
-        if self.dtype == np.float16:
+        if self.kind == TensorProto.FLOAT16:
             return to_half(values, self.name)
-        return np.ascontiguousarray(values, self.dtype)
+        return np.ascontiguousarray(values, _TYPES[self.kind])
 
 
 class Graph:
     """Nodes, weights, inputs and outputs of a graph under construction."""
 
-    def __init__(self, name: str, half_weights: bool) -> None:
+    def __init__(self, name: str, opset: int = OPSET) -> None:
         self.name = name
-        self.half_weights = half_weights
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Weight] = {}
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -80,47 +94,59 @@ class Graph:
         """Size of all weights."""
         return sum(weight.n_bytes for weight in self.weights.values())
 
-    def op(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
+    def op(
+        self, kind: str, name: str, *inputs: str, domain: str | None = None, **attributes: Any
+    ) -> str:
         """Add a node with one output, which carries the node's name."""
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        self.ops(kind, [name], *inputs, name=name, domain=domain, **attributes)
         return name
+
+    def ops(
+        self,
+        kind: str,
+        outputs: Sequence[str],
+        *inputs: str,
+        name: str,
+        domain: str | None = None,
+        **attributes: Any,
+    ) -> list[str]:
+        """Add a node with several outputs; an empty input is one left out."""
+        self.nodes.append(
+            helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)
+        )
+        return list(outputs)
 
     def split(self, source: str, names: Sequence[str]) -> list[str]:
         """Cut the last axis into equal parts."""
-        self.nodes.append(
-            helper.make_node(
-                "Split", [source], names, name=f"{source}.split", axis=-1, num_outputs=len(names)
-            )
+        return self.ops(
+            "Split", names, source, name=f"{source}.split", axis=-1, num_outputs=len(names)
         )
-        return list(names)
 
-    def weight(self, name: str, shape: tuple[int, ...], load: Load, exact: bool = False) -> str:
-        """Add a float weight; with half precision, matrices are stored so unless ``exact``.
+    def weight(
+        self, name: str, shape: tuple[int, ...], load: Load, kind: int = TensorProto.FLOAT
+    ) -> str:
+        """Add a weight stored as ``kind``, one of ``TensorProto``'s types."""
+        self.weights[name] = Weight(name, shape, kind, load)
+        return name
 
-        They are cast back before use, so the arithmetic is that of float32.
-        """
-        half = self.half_weights and len(shape) > 1 and not exact
-        if not half:
-            self.weights[name] = Weight(name, shape, np.dtype(np.float32), load)
-            return name
-        stored = f"{name}.fp16"
-        self.weights[stored] = Weight(stored, shape, np.dtype(np.float16), load)
+    def half_weight(self, name: str, shape: tuple[int, ...], load: Load) -> str:
+        """Add a weight stored in half precision and cast back before use."""
+        stored = self.weight(f"{name}.fp16", shape, load, TensorProto.FLOAT16)
         return self.op("Cast", name, stored, to=TensorProto.FLOAT)
 
     def constant(self, name: str, value: npt.ArrayLike) -> str:
         """Add a small constant: integers as int64, other numbers as float32."""
         array = np.asarray(value)
-        array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
-        self.weights[name] = Weight(name, array.shape, array.dtype, lambda: array)
-        return name
+        kind = TensorProto.INT64 if array.dtype.kind == "i" else TensorProto.FLOAT
+        return self.weight(name, array.shape, lambda: array, kind)
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         """Declare an input."""
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
-    def output(self, name: str, shape: Sequence[int | str]) -> None:
-        """Declare a float32 value to be an output."""
+    def output(self, name: str, shape: Sequence[int | str] | None) -> None:
+        """Declare a float32 value to be an output; without a shape if that is of no interest."""
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def mark(self, name: str, shape: Sequence[int | str]) -> str:
@@ -139,19 +165,30 @@ class Graph:
             initializers = self._write_external(files[1], written)
         else:
             initializers = [_inline(weight, written) for weight in self.weights.values()]
+        with path.open("wb") as file:
+            file.write(self._model(initializers, producer))
+        return files
+
+    def in_memory(self) -> bytes:
+        """The model with all weights in it, for a session that needs no file."""
+        weights = [_inline(weight, lambda n_bytes: None) for weight in self.weights.values()]
+        return self._model(weights, producer="")
+
+    def _model(self, initializers: Sequence[onnx.TensorProto], producer: str) -> bytes:
         graph = helper.make_graph(
             self.nodes, self.name, self.inputs, self.outputs, initializers, value_info=self.marked
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == CONTRIB for node in self.nodes):
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
         model = helper.make_model(
             graph,
             opset_imports=opsets,
-            ir_version=helper.find_min_ir_version_for(opsets),
+            ir_version=helper.find_min_ir_version_for(opsets[:1]),
             producer_name=producer,
         )
-        with path.open("wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
-        return files
+        serialized: bytes = model.SerializeToString(deterministic=True)
+        return serialized
 
     def _write_external(self, path: Path, written: Written) -> list[onnx.TensorProto]:
         initializers = []
@@ -191,7 +228,7 @@ def to_half(values: Array, name: str) -> npt.NDArray[np.float16]:
 
 
 def _proto(weight: Weight) -> onnx.TensorProto:
-    return TensorProto(name=weight.name, dims=weight.shape, data_type=_TYPES[weight.dtype])
+    return TensorProto(name=weight.name, dims=weight.shape, data_type=weight.kind)
 
 
 def _inline(weight: Weight, written: Written) -> onnx.TensorProto:
