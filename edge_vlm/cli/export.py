@@ -9,14 +9,21 @@ import click
 
 from edge_vlm.cli.options import verbose_option
 
-EXTRA = ("gguf", "ml_dtypes", "onnx", "onnx_ir", "safetensors")  # modules of the export extra
+EXTRA = (
+    "gguf",
+    "huggingface_hub",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "safetensors",
+)  # modules of the export extra
 
 DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
 TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--vision",
@@ -42,26 +49,33 @@ TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32
     type=click.Choice(TENSORS),
     help="Type of the token table; by default the mixture's main type.",
 )
+@click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option("--name", help="Name of the model in the manifest.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @verbose_option
 def command(
-    checkpoint: Path,
+    checkpoint: str,
     out: Path,
     vision: str,
     decoder: str,
     decoder_head: str | None,
     decoder_embedding: str | None,
+    offline: bool,
     name: str | None,
     force: bool,
     verbose: bool,
 ) -> None:
-    """Turn a jina-vlm CHECKPOINT folder into a bundle.
+    """Turn a jina-vlm CHECKPOINT into a bundle.
+
+    CHECKPOINT is a folder, or the name of a model on the Hugging Face Hub, OWNER/MODEL[@REVISION],
+    which is downloaded into the hub's own cache; HF_TOKEN or `hf auth login` give access to private
+    ones. An existing folder of that name wins.
 
     Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
     bundle.json. OUT appears only when it is complete and verified.
 
     \b
+    edge-vlm export jinaai/jina-vlm --out ./jina-vlm-bundle
     edge-vlm export ./jina-vlm --out ./jina-vlm-bundle
     """
     del verbose  # main() looks for it
@@ -71,12 +85,21 @@ def command(
             f"export needs {', '.join(missing)}; install with: pip install 'edge-vlm[export]'"
         )
     from edge_vlm_export import export_checkpoint
+    from edge_vlm_export.hub import HubName, fetch, parse_source
+    from edge_vlm_export.staging import check_target
 
     from edge_vlm.cli.display import Steps
 
+    def notice(text: str) -> None:
+        click.echo(text, err=True)
+
+    check_target(out, force)  # before gigabytes are downloaded
     with Steps() as steps:
+        source = parse_source(checkpoint)
+        if isinstance(source, HubName):
+            source = fetch(source, offline=offline, progress=steps.show, notice=notice)
         written = export_checkpoint(
-            checkpoint,
+            source,
             out,
             vision=vision,
             decoder=decoder,
@@ -85,7 +108,7 @@ def command(
             name=name,
             overwrite=force,
             progress=steps.show,
-            notice=lambda text: click.echo(text, err=True),
+            notice=notice,
         )
     size = sum(path.stat().st_size for path in written.iterdir())
     click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)

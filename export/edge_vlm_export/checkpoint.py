@@ -35,7 +35,7 @@ _STORED: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),  # the upper half of a float32
 }
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(f"{index}: names more than {MAX_TENSORS} tensors")
     for name in weight_map.values():
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             raise CheckpointError(
                 f"{index}: weight_map names {shorten(name)}, which is not the plain name of a"
                 " safetensors file beside it"
