@@ -355,6 +355,13 @@ def kv_bytes(n_positions: int, decoder: Decoder) -> int:
     return n_positions * decoder._geometry.kv_bytes_per_token(KV_TYPES[decoder._kv_type])
 
 
+def build_info() -> tuple[str, bool]:
+    """llama.cpp's own description of its build, and whether it can use a GPU."""
+    api = _api()
+    text = api.llama_print_system_info().decode("utf-8", "replace")
+    return text, bool(api.llama_supports_gpu_offload())
+
+
 _recent_errors: collections.deque[str] = collections.deque(maxlen=8)
 _print_logs = False
 

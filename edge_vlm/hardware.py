@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ def this_machine() -> Machine:
         memory_available=int(memory.available),
         memory_limit=memory_limit(),
     )
+
+
+def default_threads() -> int:
+    """Physical cores this process may use, or as many as a container's limit allows."""
+    import psutil
+
+    usable, limit = _usable_cores(), cpu_limit()
+    physical: int | None = psutil.cpu_count(logical=False)
+    allowed = math.ceil(limit) if limit else usable
+    return max(1, min(usable, physical or usable, allowed))
 
 
 def fingerprint() -> str:

@@ -8,21 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edge_vlm.errors import InputError
+from edge_vlm.hardware import default_threads
 from edge_vlm.image import MAX_PIXELS
 from edge_vlm.providers import PROVIDER_CHOICES, parse_gpu_layers
 
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
 # Bytes per element; blocks of 32 elements share a 2-byte scale in the quantized types.
 KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-
-
-def default_threads() -> int:
-    """Physical cores this process may use."""
-    import psutil
-
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    physical: int | None = psutil.cpu_count(logical=False)
-    return max(1, min(usable or 1, physical or usable or 1))
 
 
 @dataclass(frozen=True)

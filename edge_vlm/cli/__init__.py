@@ -16,6 +16,7 @@ from edge_vlm.errors import EdgeVLMError
 _COMMANDS = {
     "ask": "Answer a question about pictures.",
     "completion": "Print the script that completes edge-vlm's commands in a shell.",
+    "doctor": "Show what this machine is and what would make it faster.",
     "export": "Turn a jina-vlm checkpoint into a bundle.",
     "info": "Show what a bundle is and whether its files are intact.",
     "plan": "Show how a picture is tiled and what it costs, without running a model.",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_vlm.bundle import DECODER_NAME, MANIFEST_NAME, VISION_NAME
 from edge_vlm.errors import CheckpointError, InputError
-from edge_vlm.machine import default_threads
+from edge_vlm.hardware import default_threads
 from edge_vlm_export.checkpoint import Checkpoint
 from edge_vlm_export.config import read_settings
 from edge_vlm_export.layout import check_tensors
