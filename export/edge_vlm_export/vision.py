@@ -171,8 +171,10 @@ class Builder:
     def _self_attention(self, x: str, name: str) -> str:
         """(n_crops, n_patches, hidden) to the same shape, every patch attending to all."""
         g, sizes = self.graph, self.vision.attention
-        qkv = self.linear(f"{name}.qkv_w", x, [f"{name}.{part}_b" for part in "qkv"])
-        q, k, v = g.split(qkv, [f"{name}.{part}" for part in "qkv"])
+        biases = [f"{name}.{part}_b" for part in "qkv"]
+        q, k, v = self.linear.parts(
+            f"{name}.qkv_w", x, biases, [f"{name}.{part}" for part in "qkv"]
+        )
         if self.recipe.target == "cpu":
             mixed = g.op(
                 "MultiHeadAttention",
@@ -262,8 +264,8 @@ class Builder:
         g, sizes, name = self.graph, self.vision.pooling_attention, "vl_connector.pooling"
         query = g.op("ReduceMean", f"{name}.query", windows, self._shape((1,)), keepdims=1)
         q = self.linear(f"{name}.q_w", query, [f"{name}.q_b"])
-        kv = self.linear(f"{name}.kv_w", windows, [f"{name}.k_b", f"{name}.v_b"])
-        k, v = g.split(kv, [f"{name}.k", f"{name}.v"])
+        biases = [f"{name}.k_b", f"{name}.v_b"]
+        k, v = self.linear.parts(f"{name}.kv_w", windows, biases, [f"{name}.k", f"{name}.v"])
         heads = self._shape((0, 0, sizes.n_heads, sizes.head_dim))
         q, k, v = (g.op("Reshape", f"{part}.heads", part, heads) for part in (q, k, v))
         q = g.op("Mul", f"{name}.q.scaled", q, self._scale(sizes))
@@ -278,8 +280,8 @@ class Builder:
     def _projector(self, x: str) -> str:
         """(n_windows, hidden) to (n_windows, output_size): down(silu(gate) * up)."""
         g, name = self.graph, "vl_connector.projector"
-        both = self.linear(f"{name}.up", x)
-        up, gate = g.split(both, [f"{name}.up_half", f"{name}.gate_half"])
+        halves = [f"{name}.up_half", f"{name}.gate_half"]
+        up, gate = self.linear.parts(f"{name}.up", x, [], halves)
         silu = g.op("Mul", f"{name}.silu", gate, g.op("Sigmoid", f"{name}.sigmoid", gate))
         return self.linear(f"{name}.down", g.op("Mul", f"{name}.gated", silu, up))
 

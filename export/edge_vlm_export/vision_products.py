@@ -59,44 +59,73 @@ class Products:
         product = self.graph.op("MatMul", f"{name}.product", x, weight)
         return self._add_bias(name, product, biases)
 
+    def parts(self, name: str, x: str, biases: Sequence[str], outputs: Sequence[str]) -> list[str]:
+        """The product cut into equal parts along the last axis.
+
+        Integer products on the CPU are cut in their weights: the input is rounded once, and no
+        float32 value is copied.
+        """
+        if self.recipe.target == "portable" or self.recipe.of(name) not in ("int8", "int8-static"):
+            return self.graph.split(self(name, x, biases), outputs)
+        self.inputs[name] = x
+        quantized = self._quantized_input(name, x)
+        n_parts = len(outputs)
+        return [
+            self._integer_product(name, quantized, biases, output, (index, n_parts))
+            for index, output in enumerate(outputs)
+        ]
+
     def _dynamic(self, name: str, x: str, biases: Sequence[str]) -> str:
         """The input's range is taken anew in each run, one scale for all of it."""
-        bias = [self._bias(name, biases)] if biases else []
+        bias = ["", self._bias(name, biases)] if biases else []
         return self.graph.op(
             "DynamicQuantizeMatMul",
             f"{name}.product",
-            x,
-            *self._int8(name),
-            *(["", *bias] if bias else []),
+            *(x, *self._int8(name), *bias),
+            domain=CONTRIB,
+        )
+
+    def _static(self, name: str, x: str, biases: Sequence[str]) -> str:
+        quantized = self._quantized_input(name, x)
+        return self._integer_product(name, quantized, biases, f"{name}.product")
+
+    def _quantized_input(self, name: str, x: str) -> tuple[str, str, str]:
+        """The input as uint8, its scale and its zero point."""
+        g = self.graph
+        if self.recipe.of(name) == "int8":
+            outputs = [f"{name}.{part}" for part in ("x", "x_scale", "x_zero")]
+            quantized, scale, zero = g.ops("DynamicQuantizeLinear", outputs, x, name=f"{name}.x")
+        else:
+            scale, zero = self._input_scale(name, *self.recipe.ranges[name].unsigned())
+            quantized = g.op("QuantizeLinear", f"{name}.x", x, scale, zero)
+        return quantized, scale, zero
+
+    def _integer_product(
+        self,
+        name: str,
+        x: tuple[str, str, str],
+        biases: Sequence[str],
+        output: str,
+        part: tuple[int, int] = (0, 1),
+    ) -> str:
+        quantized, x_scale, x_zero = x
+        weight, scale = self._int8(name, part)
+        bias = ["", self._bias(name, biases, part)] if biases else []
+        return self.graph.op(
+            "MatMulIntegerToFloat",
+            output,
+            *(quantized, weight, x_scale, scale, x_zero, *bias),
             domain=CONTRIB,
         )
 
     def _dynamic_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
         g = self.graph
         weight, scale = self._int8(name)
-        quantized, x_scale, x_zero = g.ops(
-            "DynamicQuantizeLinear",
-            [f"{name}.{part}" for part in ("x", "x_scale", "x_zero")],
-            x,
-            name=f"{name}.x",
-        )
+        quantized, x_scale, x_zero = self._quantized_input(name, x)
         total = g.op("MatMulInteger", f"{name}.integers", quantized, weight, x_zero)
         total = g.op("Cast", f"{name}.floats", total, to=TensorProto.FLOAT)
         scale = g.op("Mul", f"{name}.scales", x_scale, scale)
         return self._add_bias(name, g.op("Mul", f"{name}.product", total, scale), biases)
-
-    def _static(self, name: str, x: str, biases: Sequence[str]) -> str:
-        g = self.graph
-        x_scale, x_zero = self._input_scale(name, *self.recipe.ranges[name].unsigned())
-        weight, scale = self._int8(name)
-        quantized = g.op("QuantizeLinear", f"{name}.x", x, x_scale, x_zero)
-        bias = ["", self._bias(name, biases)] if biases else []
-        return g.op(
-            "MatMulIntegerToFloat",
-            f"{name}.product",
-            *(quantized, weight, x_scale, scale, x_zero, *bias),
-            domain=CONTRIB,
-        )
 
     def _static_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
         g = self.graph
@@ -157,18 +186,23 @@ class Products:
             accuracy_level=_ACCURACY_INT8,
         )
 
-    def _int8(self, name: str) -> tuple[str, str]:
-        """Names of the weight (in, out) in int8 and of its scales (out,)."""
+    def _int8(self, name: str, part: tuple[int, int] = (0, 1)) -> tuple[str, str]:
+        """Names of the weight (in, out) in int8 and of its scales (out,), or of a part of both."""
         out_size, in_size = self._shape(name)
+        rows, label = _rows(out_size, part)
+        n_rows = out_size // part[1]
 
         def make() -> tuple[Array, Float32]:
             return self._once(name, lambda: integers.int8_channels(self._matrix(name)))
 
         return (
             self.graph.weight(
-                f"{name}.int8", (in_size, out_size), lambda: make()[0].T, TensorProto.INT8
+                f"{name}{label}.int8",
+                (in_size, n_rows),
+                lambda: make()[0][rows].T,
+                TensorProto.INT8,
             ),
-            self.graph.weight(f"{name}.scale", (out_size,), lambda: make()[1]),
+            self.graph.weight(f"{name}{label}.scale", (n_rows,), lambda: make()[1][rows]),
         )
 
     def _int4(self, name: str, block: int) -> Callable[[], tuple[Array, Float32]]:
@@ -200,12 +234,15 @@ class Products:
             return product
         return self.graph.op("Add", f"{name}.sum", product, self._bias(name, biases))
 
-    def _bias(self, name: str, parts: Sequence[str]) -> str:
-        def load() -> Float32:
-            stored = [self.checkpoint[f"{VISION}{part}"].read() for part in parts]
-            return self.recipe.vector(np.concatenate(stored), name)
+    def _bias(self, name: str, biases: Sequence[str], part: tuple[int, int] = (0, 1)) -> str:
+        out_size = self._shape(name)[0]
+        rows, label = _rows(out_size, part)
 
-        return self.graph.weight(f"{name}.bias", (self._shape(name)[0],), load)
+        def load() -> Float32:
+            stored = [self.checkpoint[f"{VISION}{bias}"].read() for bias in biases]
+            return self.recipe.vector(np.concatenate(stored), name)[rows]
+
+        return self.graph.weight(f"{name}{label}.bias", (out_size // part[1],), load)
 
     def _shape(self, name: str) -> tuple[int, int]:
         out_size, in_size = self.checkpoint[f"{VISION}{name}.weight"].shape
@@ -213,6 +250,13 @@ class Products:
 
     def _matrix(self, name: str) -> Float32:
         return self.recipe.matrix(self.checkpoint, name)
+
+
+def _rows(out_size: int, part: tuple[int, int]) -> tuple[slice, str]:
+    """Rows of a weight that part (index, number of parts) has, and what its name ends with."""
+    index, n_parts = part
+    n_rows = out_size // n_parts
+    return slice(index * n_rows, (index + 1) * n_rows), f".{index}" if n_parts > 1 else ""
 
 
 def _standard_block(in_size: int) -> int | None:
