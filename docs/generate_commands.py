@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -27,9 +28,19 @@ def commands_page() -> str:
         command = group.get_command(root, name)
         if command is None:
             continue
-        context = click.Context(command, info_name=name, parent=root, **width)
-        parts.append(_block(f"edge-vlm {name}", command.get_help(context)))
+        parts += _blocks(f"edge-vlm {name}", command, root, width)
     return "\n".join(parts)
+
+
+def _blocks(
+    title: str, command: click.Command, parent: click.Context, width: dict[str, int]
+) -> Iterator[str]:
+    """A command's help, and that of the commands in it."""
+    context = click.Context(command, info_name=title.split()[-1], parent=parent, **width)
+    yield _block(title, command.get_help(context))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            yield from _blocks(f"{title} {name}", command.commands[name], context, width)
 
 
 def _block(title: str, text: str) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edge_vlm.machine import MachineSettings
     from edge_vlm.model import Chat, EdgeVLM, Stream
     from edge_vlm.options import AskOptions
+    from edge_vlm.picture import EncodedImage
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "DecoderError",
     "EdgeVLM",
     "EdgeVLMError",
+    "EncodedImage",
     "ImageError",
     "ImageUse",
     "InputError",
@@ -65,6 +67,7 @@ _MODULES = {
     "machine": ("MachineSettings",),
     "model": ("Chat", "EdgeVLM", "Stream"),
     "options": ("AskOptions",),
+    "picture": ("EncodedImage",),
 }
 
 

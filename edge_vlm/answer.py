@@ -47,9 +47,12 @@ class Answer:
     token_ids: tuple[int, ...]  # as generated, without the stop token
     finish_reason: str  # "stop", or "length": max_tokens or the KV budget was reached
     prompt_tokens: int  # positions of the prompt, image tokens included
-    cached_tokens: int  # of them, those an earlier turn had left in the KV cache
+    cached_tokens: int  # of them, those an earlier turn left in the KV cache, or kept on disk
+    restored_tokens: int  # of those, the ones that came from disk
     image_tokens: int
     images: tuple[ImageUse, ...]
+    encoded_crops: int  # computed for this answer
+    cached_crops: int  # needed for it, but known from an earlier picture or process
     timings: Timings
     kv_bytes: int  # allocated for the KV cache
     peak_rss_bytes: int  # of this process so far

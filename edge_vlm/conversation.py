@@ -12,27 +12,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from edge_vlm.answer import Answer, ImageUse, Progress, Timings
+from edge_vlm.answer import Answer, Progress, Timings
 from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.decoder import Context, Decoder, Sampler
 from edge_vlm.errors import DecoderError
-from edge_vlm.image import load_image
 from edge_vlm.machine import MachineSettings
 from edge_vlm.memory import peak_rss_bytes
 from edge_vlm.messages import Message, Text, check_messages, images_of
 from edge_vlm.options import AskOptions
-from edge_vlm.plan import budget_positions, check_budget, limit_tiles, plan_image
+from edge_vlm.picture import Crops, Picture, encode_pictures, open_picture
+from edge_vlm.plan import budget_positions, check_budget, limit_tiles
+from edge_vlm.prefix_cache import PrefixCache, picture_ends
 from edge_vlm.prompt import PromptBuilder, Rendered, Span, TokenSpan
-from edge_vlm.stitch import stitch
-from edge_vlm.tiling import cut_tiles
+from edge_vlm.store import Store
+from edge_vlm.tile_cache import TileCache
 from edge_vlm.vision import VisionTower
 
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 OnProgress = Callable[[Progress], None]
 MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
 
@@ -45,18 +41,11 @@ class Engine:
     settings: MachineSettings
     prompts: PromptBuilder
     vision: VisionTower
-    markers: Float32  # (3, hidden_size), see VisionTower.marker_embeddings
     decoder: Decoder
-    load_seconds: float
-
-
-@dataclass
-class _Picture:
-    use: ImageUse
-    n_tokens: int
-    pixels: UInt8 | None  # dropped once encoded
-    processor: ImageProcessor
-    rows: Float32 | None = None  # (n_tokens, hidden_size)
+    tiles: TileCache
+    prefixes: PrefixCache | None
+    store: Store | None  # of both
+    load_seconds: float  # without the vision tower
 
 
 @dataclass
@@ -64,7 +53,7 @@ class _State:
     """What the conversation holds so far; replaced as a whole when a turn succeeds."""
 
     messages: tuple[Message, ...] = ()
-    pictures: tuple[_Picture, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     text: str = ""  # of the prompt and the answers, as rendered and generated
     ids: tuple[int, ...] = ()  # one an input position; -1 - i for picture i
     n_cached: int = 0  # of them, those in the KV cache
@@ -112,6 +101,8 @@ class Conversation:
             yield from self._turn(new, options, progress or _ignore, cancel)
         finally:
             self._busy = False
+            if self._engine.store:
+                self._engine.store.flush()
 
     def close(self) -> None:
         """Free the KV cache."""
@@ -132,7 +123,10 @@ class Conversation:
         messages = (*old.messages, *new)
         check_messages(messages)
         processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
-        added = tuple(self._open_picture(source, processor) for source in images_of(new))
+        added = tuple(
+            open_picture(source, processor, engine.manifest, engine.settings, engine.tiles.model)
+            for source in images_of(new)
+        )
         pictures = (*old.pictures, *added)
         text, ids = self._prompt(messages, pictures)
         n_kept = _common_prefix(ids, old.ids[: old.n_cached])
@@ -141,8 +135,12 @@ class Conversation:
 
         if cancel:
             cancel.check()
-        self._encode(pictures, ids[n_kept:], clock, progress, cancel)
-        self._prefill(context, ids, n_kept, pictures, clock, progress, cancel)
+        from_nothing = n_kept == 0
+        n_restored = self._restore(context, ids, pictures, clock) if from_nothing else 0
+        n_kept += n_restored
+        crops = self._encode(pictures, ids[n_kept:], clock, progress, cancel)
+        keep_at = picture_ends(ids)[-1:] if from_nothing else []
+        self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
 
         answer_ids: list[int] = []
         raw = ""
@@ -186,25 +184,18 @@ class Conversation:
             finish_reason=finish,
             prompt_tokens=len(ids),
             cached_tokens=n_kept,
+            restored_tokens=n_restored,
             image_tokens=sum(picture.n_tokens for picture in pictures),
             images=tuple(picture.use for picture in pictures),
+            encoded_crops=crops.encoded,
+            cached_crops=crops.cached,
             timings=_timings(clock, engine, len(ids) - n_kept, len(answer_ids)),
             kv_bytes=context.kv_bytes,
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def _open_picture(self, source: object, processor: ImageProcessor) -> _Picture:
-        settings = self._engine.settings
-        pixels = load_image(
-            source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
-        )
-        height, width = pixels.shape[:2]
-        plan = plan_image(width, height, processor, self._engine.manifest.decoder, settings.kv_type)
-        use = ImageUse(plan.size, plan.resized, plan.tiling, plan.crops, plan.reduced)
-        return _Picture(use, plan.image_tokens, pixels, processor)
-
     def _prompt(
-        self, messages: Sequence[Message], pictures: Sequence[_Picture]
+        self, messages: Sequence[Message], pictures: Sequence[Picture]
     ) -> tuple[str, tuple[int, ...]]:
         """Text and ids of the whole prompt.
 
@@ -223,7 +214,7 @@ class Conversation:
     def _make_room(
         self,
         n_prompt: int,
-        pictures: Sequence[_Picture],
+        pictures: Sequence[Picture],
         processor: ImageProcessor,
         options: AskOptions,
     ) -> tuple[Context, int]:
@@ -246,48 +237,49 @@ class Conversation:
             self._context.reserve(n_prompt + max_tokens)
         return self._context, max_tokens
 
+    def _restore(
+        self, context: Context, ids: Sequence[int], pictures: Sequence[Picture], clock: _Clock
+    ) -> int:
+        """Positions put into the empty context from disk."""
+        if self._engine.prefixes is None:
+            return 0
+        started = time.perf_counter()
+        n = self._engine.prefixes.restore(context, ids, [picture.digest for picture in pictures])
+        clock.prefill += time.perf_counter() - started
+        return n
+
     def _encode(
         self,
-        pictures: Sequence[_Picture],
+        pictures: Sequence[Picture],
         ids: Sequence[int],
         clock: _Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
-    ) -> None:
+    ) -> Crops:
         """Encode the pictures that are prefilled now and were not encoded before."""
         engine = self._engine
         wanted = {-1 - value for value in ids if value < 0}
-        waiting = [p for i, p in enumerate(pictures) if i in wanted and p.rows is None]
-        total = sum(picture.use.crops for picture in waiting)
-        done = 0
-        started = time.perf_counter()
-        if total:
-            progress(Progress("vision", 0, total))
-        for picture in waiting:
-
-            def report(n_crops: int, before: int = done) -> None:
-                progress(Progress("vision", before + n_crops, total))
-
-            if picture.pixels is None:
-                raise DecoderError("a picture's pixels are gone")  # encoded ones have rows
-            tiles = cut_tiles(picture.pixels, picture.processor)
-            crops = engine.vision.encode(tiles, cancel=cancel, progress=report)
-            picture.rows = stitch(crops, engine.markers, tiles.plan, picture.processor)
-            picture.pixels = None
-            done += picture.use.crops
-        clock.vision = time.perf_counter() - started
+        waiting = [picture for i, picture in enumerate(pictures) if i in wanted]
+        loaded = engine.vision.load_seconds
+        crops = encode_pictures(waiting, engine.tiles, progress, cancel)
+        clock.vision = crops.seconds - (engine.vision.load_seconds - loaded)
+        return crops
 
     def _prefill(
         self,
         context: Context,
         ids: Sequence[int],
         n_kept: int,
-        pictures: Sequence[_Picture],
+        pictures: Sequence[Picture],
+        keep_at: Sequence[int],
         clock: _Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
     ) -> None:
-        """Put positions ``n_kept`` and after into the KV cache; logits for the last one."""
+        """Put positions ``n_kept`` and after into the KV cache; logits for the last one.
+
+        The first positions up to those in ``keep_at`` are kept on disk.
+        """
         started = time.perf_counter()
         position, end = n_kept, len(ids)
         progress(Progress("prefill", 0, end - n_kept))
@@ -319,10 +311,13 @@ class Conversation:
                     progress=report,
                 )
             position = stop
-        clock.prefill = time.perf_counter() - started
+            if position in keep_at and self._engine.prefixes:
+                digests = [picture.digest for picture in pictures]
+                self._engine.prefixes.keep(context, ids[:position], digests)
+        clock.prefill += time.perf_counter() - started
 
 
-def _ids(spans: Sequence[Span], pictures: Sequence[_Picture], n_before: int) -> tuple[int, ...]:
+def _ids(spans: Sequence[Span], pictures: Sequence[Picture], n_before: int) -> tuple[int, ...]:
     """One number a position: a token id, or -1 - i where picture i's rows go."""
     ids: list[int] = []
     for span in spans:
@@ -356,7 +351,7 @@ def _common_prefix(ids: Sequence[int], cached: Sequence[int]) -> int:
 
 def _timings(clock: _Clock, engine: Engine, n_prefilled: int, n_decoded: int) -> Timings:
     return Timings(
-        load=engine.load_seconds,
+        load=engine.load_seconds + engine.vision.load_seconds,
         vision=clock.vision,
         prefill=clock.prefill,
         decode=clock.decode,

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from edge_vlm.options import AskOptions
 from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
 _ABORTED = 2  # llama_decode's result when the abort callback answered true
 _LOG_ERROR = 4
 
@@ -48,6 +50,7 @@ class Decoder:
         logs: bool = False,
     ) -> None:
         self._path = bundle.file(DECODER_NAME)
+        self._manifest = bundle.manifest
         self._geometry = bundle.manifest.decoder
         self._threads = threads
         self._batch_size = batch_size
@@ -56,7 +59,8 @@ class Decoder:
         self._api = _api()
         _set_logs(logs)
         params = self._api.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
+        self._n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
+        params.n_gpu_layers = self._n_gpu_layers
         _recent_errors.clear()
         self._model = self._api.llama_model_load_from_file(str(self._path).encode(), params)
         if not self._model:
@@ -83,6 +87,19 @@ class Decoder:
         if not text:
             raise BundleError(f"{self._path}: has no chat template")
         return bytes(text).decode("utf-8", "replace")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the numbers in a context's KV cache depend on besides its input."""
+        return {
+            "decoder": self._manifest.files[DECODER_NAME].sha256,
+            "llama.cpp": version("llama-cpp-python"),
+            "features": self._api.llama_print_system_info().decode(),
+            "gpu_layers": self._n_gpu_layers,
+            "kv_type": self._kv_type,  # decides on flash attention too
+            "batch_size": self._batch_size,
+            "threads": self._threads,
+        }
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text: special tokens are neither recognised nor added."""
@@ -178,17 +195,30 @@ class Context:
         """
         if n_positions <= self.capacity:
             return
-        api = self._api
-        old = self._open()
-        size = api.llama_state_seq_get_size(old, 0)
-        state = (ctypes.c_uint8 * size)()
-        n = api.llama_state_seq_get_data(old, state, size, 0)
+        state = self.state() if self.n_positions else None
         new = self._create(n_positions)
-        if self.n_positions and not api.llama_state_seq_set_data(new, state, n, 0):
-            api.llama_free(new)
+        if state is not None and not self._fill(new, state):
+            self._api.llama_free(new)
             raise DecoderError("llama.cpp could not move the KV cache to a larger context")
         self._free()
         self._hold(new)
+
+    def state(self) -> UInt8:
+        """What is cached, as bytes for ``set_state`` of a context with the same settings.
+
+        Raises:
+            DecoderError: llama.cpp failed.
+        """
+        context = self._open()
+        state = np.empty(self._api.llama_state_seq_get_size(context, 0), np.uint8)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if self._api.llama_state_seq_get_data(context, data, len(state), 0) != len(state):
+            raise DecoderError("llama.cpp could not copy the KV cache")
+        return state
+
+    def set_state(self, state: UInt8) -> bool:
+        """Replace what is cached; false, and nothing cached, if it does not fit."""
+        return self._fill(self._open(), state)
 
     def truncate(self, n_positions: int) -> None:
         """Forget everything from position ``n_positions`` on."""
@@ -229,6 +259,10 @@ class Context:
     def is_open(self) -> bool:
         """Whether it was not closed yet."""
         return self._context is not None
+
+    def _fill(self, context: Any, state: UInt8) -> bool:
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return bool(self._api.llama_state_seq_set_data(context, data, len(state), 0))
 
     def _hold(self, context: Any) -> None:
         self._context = context

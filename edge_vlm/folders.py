@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from edge_vlm.errors import BundleError
@@ -12,6 +13,7 @@ from edge_vlm.errors import BundleError
 APP = "edge-vlm"
 EMBEDDED = "demo"
 CHOICE_NAME = "model.json"
+CACHE_OFF = ("", "off")
 WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -23,13 +25,25 @@ def label(path: str | os.PathLike[str]) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def cache_folder() -> Path:
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
     """``EDGE_VLM_CACHE``, else the platform's folder for caches."""
-    if folder := os.environ.get("EDGE_VLM_CACHE"):
+    environment = os.environ if environment is None else environment
+    folder = environment.get("EDGE_VLM_CACHE", "")
+    if folder.lower() not in CACHE_OFF:
         return Path(folder)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir(APP))
+
+
+def pictures_cache(environment: Mapping[str, str] | None = None) -> Path | None:
+    """Where to cache what is computed from pictures: ``cache_folder``, or nowhere if
+    ``EDGE_VLM_CACHE`` is empty or ``off``.
+    """
+    environment = os.environ if environment is None else environment
+    if environment.get("EDGE_VLM_CACHE", "on").lower() in CACHE_OFF:
+        return None
+    return cache_folder(environment)
 
 
 def bundles_folder() -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from edge_vlm.errors import InputError
+from edge_vlm.folders import pictures_cache
 from edge_vlm.hardware import default_threads
 from edge_vlm.image import MAX_PIXELS
 from edge_vlm.providers import PROVIDER_CHOICES, parse_gpu_layers
 
+CACHE_SIZE = 4_000_000_000  # bytes
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
 # Bytes per element; blocks of 32 elements share a 2-byte scale in the quantized types.
 KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
@@ -33,6 +38,9 @@ class MachineSettings:
     image_formats: tuple[str, ...] = ()  # accepted besides the usual ones
     provider: str = "auto"  # onnxruntime execution provider of the vision tower
     gpu_layers: str | int = "auto"  # decoder layers on a GPU: a count, auto or all
+    cache: str | os.PathLike[str] | None = field(default_factory=pictures_cache)  # None: no disk
+    cache_size: int = CACHE_SIZE  # bytes on disk
+    tile_memory: int = 128 << 20  # bytes of tiles' embeddings to hold in memory
     engine_logs: bool = False  # let llama.cpp and onnxruntime write to stderr
 
     def __post_init__(self) -> None:
@@ -41,6 +49,8 @@ class MachineSettings:
             "kv_budget": (1, 1 << 44),
             "batch_size": (1, 1 << 16),
             "max_pixels": (1, 1 << 31),
+            "cache_size": (0, 1 << 50),
+            "tile_memory": (0, 1 << 40),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -56,25 +66,31 @@ class MachineSettings:
         except ValueError as error:
             raise InputError(f"gpu_layers: {error}") from error
 
+    def without_cache(self) -> MachineSettings:
+        """The same, but nothing is kept between questions, neither on disk nor in memory."""
+        return replace(self, cache=None, tile_memory=0)
+
     @classmethod
     def from_environment(
         cls, environment: Mapping[str, str] | None = None, **overrides: object
     ) -> MachineSettings:
         """Overrides that are not None, else ``EDGE_VLM_THREADS``, ``EDGE_VLM_KV_BUDGET``,
-        ``EDGE_VLM_MAX_PIXELS``, ``EDGE_VLM_PROVIDER``, ``EDGE_VLM_GPU_LAYERS`` and
+        ``EDGE_VLM_MAX_PIXELS``, ``EDGE_VLM_PROVIDER``, ``EDGE_VLM_GPU_LAYERS``,
+        ``EDGE_VLM_CACHE`` (empty or ``off``: none), ``EDGE_VLM_CACHE_SIZE`` and
         ``EDGE_VLM_ENGINE_LOGS``, else defaults.
 
         Raises:
             InputError: a variable does not hold what it should.
         """
         environment = os.environ if environment is None else environment
-        values: dict[str, object] = {}
+        values: dict[str, object] = {"cache": pictures_cache(environment)}
         readers: dict[str, Callable[[str], object]] = {
             "threads": _whole_number,
             "kv_budget": parse_size,
             "max_pixels": parse_size,
             "provider": str.lower,
             "gpu_layers": parse_gpu_layers,
+            "cache_size": parse_size,
             "engine_logs": lambda text: text.lower() not in ("0", "false", "no", "off"),
         }
         for name, read in readers.items():
@@ -86,6 +102,16 @@ class MachineSettings:
                     raise InputError(f"{variable}: {error}") from error
         values |= {name: value for name, value in overrides.items() if value is not None}
         return cls(**values)  # type: ignore[arg-type]  # checked in __post_init__
+
+
+def cpu_identity() -> list[str]:
+    """What decides which kernels the engines choose, and so the last bits of their results."""
+    found = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        for name in ("model name", "flags", "Features"):
+            found += [line for line in lines if line.startswith(name)][:1]
+    return found
 
 
 def parse_size(text: str) -> int:

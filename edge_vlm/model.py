@@ -14,10 +14,15 @@ from edge_vlm.conversation import Conversation, Engine
 from edge_vlm.decoder import Decoder
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.folders import find_bundle
-from edge_vlm.machine import MachineSettings
+from edge_vlm.machine import MachineSettings, cpu_identity
 from edge_vlm.messages import Message, Text, parse_messages, user_message
 from edge_vlm.options import AskOptions
+from edge_vlm.picture import EncodedImage, encode_pictures, open_picture
+from edge_vlm.plan import limit_tiles
+from edge_vlm.prefix_cache import PrefixCache
 from edge_vlm.prompt import PromptBuilder
+from edge_vlm.store import open_store
+from edge_vlm.tile_cache import TileCache
 from edge_vlm.verify import verify
 from edge_vlm.vision import VisionTower
 
@@ -92,13 +97,19 @@ class EdgeVLM(_Closing):
             layers_on_gpu=settings.gpu_layers,
             logs=settings.engine_logs,
         )
+        cpu = cpu_identity()
+        store = open_store(settings)
+        tile_identity = {**vision.identity, "cpu": cpu}
+        prefix_identity = {**tile_identity, **decoder.identity}
         engine = Engine(
             manifest=bundle.manifest,
             settings=settings,
             prompts=PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize),
             vision=vision,
-            markers=vision.marker_embeddings(),
             decoder=decoder,
+            tiles=TileCache(vision, tile_identity, settings.tile_memory, store),
+            prefixes=PrefixCache(store, prefix_identity) if store else None,
+            store=store,
             load_seconds=time.perf_counter() - started,
         )
         return cls(bundle, engine)
@@ -122,7 +133,7 @@ class EdgeVLM(_Closing):
 
         Args:
             images: one picture or a sequence of them, each a path, bytes, ``data:`` URL, PIL
-                image or array; none for text alone.
+                image, array or what ``encode`` gave; none for text alone.
             question: what to ask.
             messages: instead of both, a whole conversation in OpenAI's form.
             progress: called after each tile, batch and token.
@@ -162,6 +173,30 @@ class EdgeVLM(_Closing):
             new = [Message("system", (Text(wanted.system),)), *new]
         conversation = Conversation(self._loaded())
         return Stream(conversation.turn(new, wanted, progress, cancel), conversation.close)
+
+    def encode(
+        self,
+        image: Any,
+        *,
+        max_tiles: int | None = None,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> EncodedImage:
+        """Look at a picture once: what comes back can be given instead of it, again and again.
+
+        Raises:
+            ImageError: it cannot be read.
+            Cancelled: ``cancel`` was set.
+        """
+        engine, wanted = self._loaded(), _options({"max_tiles": max_tiles})
+        processor = limit_tiles(engine.manifest.image_processor, wanted.max_tiles)
+        picture = open_picture(
+            image, processor, engine.manifest, engine.settings, engine.tiles.model
+        )
+        encode_pictures([picture], engine.tiles, progress or (lambda _: None), cancel)
+        if engine.store:
+            engine.store.flush()
+        return picture.encoded(engine.tiles.model)
 
     def chat(self, **options: Any) -> Chat:
         """A conversation that keeps its KV cache: a follow-up costs only its own tokens.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from functools import cached_property
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.bundle import VISION_NAME, Bundle
+from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.cancel import CancelToken
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
 from edge_vlm.onnx_scan import external_files
@@ -23,10 +27,11 @@ _WARNING = 2
 class VisionTower:
     """An onnxruntime session for a bundle's ``vision.onnx``.
 
+    It is loaded when a picture is encoded: with text alone, or a picture whose embeddings or KV
+    cache were kept, seconds and a gigabyte of memory are saved.
+
     Raises:
-        BundleError: the graph reads files outside the bundle, does not load, or has other inputs
-            and outputs than the manifest says.
-        InputError: the execution provider that was asked for is not installed.
+        BundleError: the graph reads files outside the bundle.
     """
 
     def __init__(
@@ -36,12 +41,64 @@ class VisionTower:
         for name in external_files(path):
             if name not in bundle.manifest.files:
                 raise BundleError(f"{path}: reads {name!r}, which is not a file of the bundle")
+        self._bundle = bundle
+        self._threads = threads
+        self._provider = provider
+        self._severity = _WARNING if logs else _QUIET
+        self._stamps = self._stamp()
+        self._session: Any = None
+        self._loading = threading.Lock()
+        self.load_seconds = 0.0  # until now
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an embedding depends on besides the crop."""
+        files = self._bundle.manifest.files
+        return {
+            "files": {name: files[name].sha256 for name in files if name != DECODER_NAME},
+            "onnxruntime": _version(),
+            "threads": self._threads,
+            "provider": self._provider,
+        }
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """Of one crop's embeddings: (tokens_per_crop, hidden_size)."""
+        manifest = self._bundle.manifest
+        return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
+
+    def load(self) -> None:
+        """Create the session, unless it is there.
+
+        Raises:
+            BundleError: the graph does not load, or has other inputs and outputs than the manifest
+                says.
+            InputError: the execution provider that was asked for is not installed.
+        """
+        with self._loading:
+            if self._session is None:
+                started = time.perf_counter()
+                session = self._load()
+                self._check_interface(session)
+                self._session = session
+                self.load_seconds = time.perf_counter() - started
+
+    def _stamp(self) -> dict[str, tuple[int, ...]]:
+        """What shows that a file was replaced since its checksum was compared."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name in self._bundle.manifest.files:
+            info = self._bundle.file(name).stat()
+            found[name] = (info.st_size, info.st_mtime_ns, info.st_ino)
+        return found
+
+    def _load(self) -> Any:
+        path = self._bundle.file(VISION_NAME)
+        if self._stamp() != self._stamps:
+            raise BundleError(f"{path.parent}: was changed after it was loaded; load it again")
         import onnxruntime as ort
 
-        self._ort = ort
-        self._severity = _WARNING if logs else _QUIET
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = self._severity
 
@@ -50,18 +107,18 @@ class VisionTower:
             return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
 
         try:
-            self._session = open_session(provider, ort.get_available_providers(), create)
+            return open_session(self._provider, ort.get_available_providers(), create)
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BundleError(
                 f"{path}: onnxruntime cannot load it: {_first_line(error)}"
             ) from error
-        self._check_interface(bundle)
 
     @property
     def providers(self) -> list[str]:
         """Ids of the execution providers in use, the first preferred."""
+        self.load()
         return list(self._session.get_providers())
 
     def encode(
@@ -78,25 +135,35 @@ class VisionTower:
         Raises:
             Cancelled: ``cancel`` was set.
             VisionError: onnxruntime failed.
+            BundleError: see ``load``.
         """
         out: list[Float32] = []
-        for index in range(len(tiles.crops)):
-            feed = {
-                "crops": tiles.crops[index : index + 1],
-                "is_last": tiles.is_last[index : index + 1],
-            }
-            out.append(self._run("embeddings", feed, cancel)[0])
+        for crop, is_last in zip(tiles.crops, tiles.is_last, strict=True):
+            out.append(self.encode_crop(crop, bool(is_last), cancel=cancel))
             if progress:
-                progress(index + 1)
+                progress(len(out))
         return np.stack(out)
 
+    def encode_crop(
+        self, crop: Float32, is_last: bool, *, cancel: CancelToken | None = None
+    ) -> Float32:
+        """Embeddings of one crop, (tokens_per_crop, hidden_size); errors as ``encode``."""
+        feed = {"crops": crop[None], "is_last": np.array([is_last])}
+        embeddings: Float32 = self._run("embeddings", feed, cancel)[0]
+        return embeddings
+
+    @cached_property
     def marker_embeddings(self) -> Float32:
         """(3, hidden_size): decoder embeddings of <im_start>, <im_col> and <im_end>."""
-        crops = np.zeros((0, *self._crop_shape), np.float32)
+        settings = self._bundle.manifest.image_processor
+        crops = np.zeros((0, settings.n_patches, settings.patch_values), np.float32)
         return self._run("marker_embeddings", {"crops": crops, "is_last": np.zeros(0, bool)}, None)
 
     def _run(self, output: str, feed: dict[str, Any], cancel: CancelToken | None) -> Float32:
-        run = self._ort.RunOptions()
+        self.load()
+        import onnxruntime as ort
+
+        run = ort.RunOptions()
         run.log_severity_level = self._severity
 
         def stop() -> None:
@@ -116,24 +183,33 @@ class VisionTower:
                 cancel.forget(stop)
         return result
 
-    def _check_interface(self, bundle: Bundle) -> None:
-        settings = bundle.manifest.image_processor
-        hidden = bundle.manifest.vision.output_size
-        self._crop_shape = (settings.n_patches, settings.patch_values)
+    def _check_interface(self, session: Any) -> None:
+        settings = self._bundle.manifest.image_processor
+        hidden = self._bundle.manifest.vision.output_size
         expected = {
-            "crops": ("tensor(float)", [*self._crop_shape]),
+            "crops": ("tensor(float)", [settings.n_patches, settings.patch_values]),
             "is_last": ("tensor(bool)", []),
-            "embeddings": ("tensor(float)", [settings.tokens_per_crop, hidden]),
+            "embeddings": ("tensor(float)", [*self.output_shape]),
         }
         found = {
             value.name: (value.type, list(value.shape)[1:])
-            for value in (*self._session.get_inputs(), *self._session.get_outputs())
+            for value in (*session.get_inputs(), *session.get_outputs())
         }
         markers = found.pop("marker_embeddings", None)
         if found != expected or markers != ("tensor(float)", [hidden]):
             raise BundleError(
-                f"{bundle.path / VISION_NAME}: its inputs and outputs are not those of the manifest"
+                f"{self._bundle.path / VISION_NAME}: its inputs and outputs are not those of the"
+                " manifest"
             )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:  # a build for some accelerator has another name
+        import onnxruntime as ort
+
+        return str(ort.__version__)
 
 
 def _first_line(error: Exception) -> str:

@@ -149,6 +149,14 @@ def assert_one_line(result: subprocess.CompletedProcess[bytes], code: int, *word
         assert word in errors[0]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_user_cache() -> Iterator[None]:
+    """Models that several tests share are loaded without a cache on disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_VLM_CACHE", "off")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep tests away from the user's folders and settings."""
@@ -160,4 +168,5 @@ def _no_user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(variable, str(home))
         for variable in ("CACHE", "CONFIG", "DATA", "STATE"):
             patch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
+        patch.setenv("EDGE_VLM_CACHE", str(home / "cache"))
         yield

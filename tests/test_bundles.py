@@ -66,6 +66,16 @@ def refused(path: str | Path, *words: str) -> str:
     return message
 
 
+def refused_to_look(folder: Path, word: str) -> None:
+    """The vision tower is loaded for the first picture."""
+    with EdgeVLM.load(folder) as vlm:
+        assert vlm.ask((), "Hello", max_tokens=1).prompt_tokens > 1
+        with pytest.raises(BundleError) as caught:
+            vlm.ask(np.zeros((50, 50, 3), np.uint8), "What?", max_tokens=1)
+    assert word in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 def edit(folder: Path, change: Change) -> None:
     """Change the manifest."""
     path = folder / "bundle.json"
@@ -657,15 +667,15 @@ def test_a_graph_with_another_interface_and_one_that_does_not_load(folder: Path)
     path = folder / VISION_NAME
     path.write_bytes(model(graph()).SerializeToString())
     record(folder, VISION_NAME)
-    refused(folder, f"{path}: its inputs and outputs are not those of the manifest")
+    refused_to_look(folder, f"{path}: its inputs and outputs are not those of the manifest")
     path.write_bytes(
         model(graph([helper.make_node("NoSuchOperator", ["x"], ["z"])])).SerializeToString()
     )
     record(folder, VISION_NAME)
-    refused(folder, f"{path}: onnxruntime cannot load it")
+    refused_to_look(folder, f"{path}: onnxruntime cannot load it")
     path.write_bytes(b"\x08\x01")
     record(folder, VISION_NAME)
-    refused(folder, f"{path}: onnxruntime cannot load it")
+    refused_to_look(folder, f"{path}: onnxruntime cannot load it")
 
 
 FLIP = """
@@ -682,7 +692,7 @@ for seed in range(100):
     damaged[rng.randrange(20_000)] ^= 1 << rng.randrange(8)  # nodes come before weights
     path.write_bytes(damaged)
     try:
-        VisionTower(bundle, threads=1)
+        VisionTower(bundle, threads=1).load()
         print("loaded")
     except BundleError as error:
         print("refused", error)

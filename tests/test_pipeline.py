@@ -89,7 +89,8 @@ def test_embeddings_and_logits_equal_the_published_ones(case: GoldenCase, load: 
         from edge_vlm.image import load_image
 
         tiles = cut_tiles(load_image(source), processor)
-        rows.append(stitch(engine.vision.encode(tiles), engine.markers, tiles.plan, processor))
+        crops, markers = engine.vision.encode(tiles), engine.vision.marker_embeddings
+        rows.append(stitch(crops, markers, tiles.plan, processor))
 
     with engine.decoder.context(len(arrays["input_ids"]) + 1) as context:
         position = 0
@@ -193,7 +194,8 @@ def test_json_form_has_every_counter(load: Load, golden: dict[str, Any]) -> None
     data = json.loads(json.dumps(answer.to_dict()))
     assert set(data) == {
         *("answer", "token_ids", "finish_reason", "prompt_tokens", "cached_tokens"),
-        *("image_tokens", "images", "timings", "kv_bytes", "peak_rss_bytes"),
+        *("restored_tokens", "image_tokens", "images", "encoded_crops", "cached_crops"),
+        *("timings", "kv_bytes", "peak_rss_bytes"),
     }
     assert set(data["images"][0]) == {"size", "resized", "tiling", "crops", "reduced"}
     assert data["kv_bytes"] == 256 * load(case.model).manifest.decoder.kv_bytes_per_token(4.0)

@@ -11,10 +11,12 @@ from typing import NoReturn
 import click
 
 from edge_vlm import __version__
+from edge_vlm.cli.notes import notes
 from edge_vlm.errors import EdgeVLMError
 
 _COMMANDS = {
     "ask": "Answer a question about pictures.",
+    "cache": "Show, clear or find what is kept on disk of pictures.",
     "completion": "Print the script that completes edge-vlm's commands in a shell.",
     "doctor": "Show what this machine is and what would make it faster.",
     "export": "Turn a jina-vlm checkpoint into a bundle.",
@@ -66,7 +68,8 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> NoR
     arguments = sys.argv[1:] if args is None else args
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
-        code = command.main(arguments, prog_name=name, standalone_mode=False)
+        with notes(verbose):
+            code = command.main(arguments, prog_name=name, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None

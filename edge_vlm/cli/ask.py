@@ -16,6 +16,7 @@ from edge_vlm.cli.options import (
     kv_budget_option,
     max_tiles_option,
     model_option,
+    no_cache_option,
     verbose_option,
 )
 
@@ -53,6 +54,7 @@ MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS).")
 @hardware_options
 @image_options
+@no_cache_option
 @json_option
 @verbose_option
 def command(
@@ -67,6 +69,7 @@ def command(
     gpu_layers: str | int | None,
     max_pixels: int | None,
     allow_format: tuple[str, ...],
+    no_cache: bool,
     **options: Any,
 ) -> None:
     """Answer QUESTION about pictures; they come first, the question last.
@@ -91,6 +94,8 @@ def command(
         max_pixels=max_pixels,
         image_formats=allow_format or None,
     )
+    if no_cache:
+        settings = settings.without_cache()
     request |= {name: value for name, value in options.items() if value is not None}
     answer = _run(pick_model(model), settings, request, echo=not as_json)
     if as_json:
@@ -194,6 +199,11 @@ def _report(answer: Answer) -> None:
     click.echo(
         f"prompt {answer.prompt_tokens} tokens ({answer.image_tokens} of images),"
         f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})",
+        err=True,
+    )
+    click.echo(
+        f"cache: {answer.restored_tokens} tokens of the prompt,"
+        f" {answer.cached_crops} of {answer.cached_crops + answer.encoded_crops} crops needed",
         err=True,
     )
     click.echo(

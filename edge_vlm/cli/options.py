@@ -114,6 +114,13 @@ def hardware_options(function: F) -> F:
     return function
 
 
+def no_cache_option(function: F) -> F:
+    """``--no-cache``."""
+    return click.option(
+        "--no-cache", is_flag=True, help="Compute everything anew and keep nothing on disk."
+    )(function)
+
+
 def json_option(function: F) -> F:
     """``--json``."""
     return click.option(
