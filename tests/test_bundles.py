@@ -660,7 +660,7 @@ def test_a_graph_with_one_output_of_another_shape(folder: Path, output: str) -> 
     value.type.tensor_type.shape.dim[-1].dim_value *= 2
     path.write_bytes(changed.SerializeToString())
     record(folder, VISION_NAME)
-    refused(folder, f"{path}: its inputs and outputs are not those of the manifest")
+    refused_to_look(folder, f"{path}: its inputs and outputs are not those of the manifest")
 
 
 def test_a_graph_with_another_interface_and_one_that_does_not_load(folder: Path) -> None:
