@@ -115,7 +115,7 @@ def test_what_the_prefix_depends_on(
         assert restored(vlm, chart, "B?", system="Be brief.")
         assert not restored(vlm, chart, "B?", system="Be very brief.")
         assert not restored(vlm, chart, "A?", max_tiles=1)
-    for other in ({"kv_type": "f32"}, {"batch_size": 64}):
+    for other in ({"kv_type": "f32"}, {"kv_type": "q8_0"}, {"batch_size": 64}):
         with EdgeVLM.load(bundle(MODEL), settings=settings(cache, **other)) as vlm:
             assert not restored(vlm, chart, "A?")
             assert restored(vlm, chart, "B?")
@@ -411,7 +411,7 @@ def test_random_pictures_questions_and_settings(cache: Path) -> None:
             pictures.append(np.asarray(image.convert("RGB")))
     questions = json.loads((EXAMPLES[0].parents[1] / "questions.json").read_text("utf-8"))
     texts = sorted({str(item["question"]) for item in questions})
-    kv_types = ("f16", "f32")
+    kv_types = ("f16", "f32", "q8_0")
     loaded: list[tuple[EdgeVLM, EdgeVLM]] = []
     for kv_type in kv_types:
         for batch_size in (64, 512):
