@@ -18,17 +18,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from edge_vlm.errors import BundleError
 from edge_vlm.folders import WINDOWS_DEVICE, label
+from edge_vlm.report import Report
+from edge_vlm.strict import Part, Printable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has a report; 1, which older releases read too, has none
 MANIFEST_NAME = "bundle.json"
 VISION_NAME = "vision.onnx"
 DECODER_NAME = "decoder.gguf"
@@ -42,20 +44,7 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 24)]
 Pair = tuple[Count, Count]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("contains a character that cannot be printed")
-    return text
-
-
-Printable = Annotated[str, AfterValidator(_printable)]
-
-
-class ModelIdentity(_Part):
+class ModelIdentity(Part):
     """Which model this is and under which licence its weights are used."""
 
     name: Printable = Field(min_length=1, max_length=200)
@@ -64,7 +53,7 @@ class ModelIdentity(_Part):
     revision: Printable | None = Field(default=None, max_length=200)
 
 
-class ImageProcessor(_Part):
+class ImageProcessor(Part):
     """How a picture becomes crops; sizes in pixels, margins in patches, (height, width)."""
 
     patch_size: Count
@@ -124,7 +113,7 @@ class ImageProcessor(_Part):
         return self
 
 
-class Vision(_Part):
+class Vision(Part):
     """The vision tower and connector in ``vision.onnx``.
 
     ``n_heads``, ``ffn_size``, ``feature_size`` (values of a patch that the connector sees) and
@@ -141,7 +130,7 @@ class Vision(_Part):
     projector_size: Count | None = None
 
 
-class Decoder(_Part):
+class Decoder(Part):
     """The language model in ``decoder.gguf``."""
 
     precision: Printable = Field(min_length=1, max_length=40)
@@ -162,7 +151,7 @@ class Decoder(_Part):
         return math.ceil(elements * bytes_per_element)
 
 
-class Tokens(_Part):
+class Tokens(Part):
     """Token ids with a meaning of their own.
 
     ``special`` lists every special token by its text: the template may place them, text that a
@@ -181,7 +170,7 @@ class Tokens(_Part):
     )
 
 
-class Prompt(_Part):
+class Prompt(Part):
     """How a conversation is rendered with the chat template inside the GGUF."""
 
     always_start_with_space: bool
@@ -189,7 +178,7 @@ class Prompt(_Part):
     normalizer: Literal["NFC"] | None
 
 
-class FileRecord(_Part):
+class FileRecord(Part):
     """Size in bytes and SHA-256 (lower-case hex) of one file."""
 
     size: Annotated[int, Field(ge=0, le=1 << 44)]
@@ -205,7 +194,7 @@ def _plain_name(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_plain_name)]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """The content of ``bundle.json``."""
 
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
@@ -217,12 +206,22 @@ class Manifest(_Part):
     prompt: Prompt
     files: dict[FileName, FileRecord] = Field(max_length=64)
     created_with: dict[Printable, Printable] = Field(max_length=64)
+    report: Report | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_report(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if self.report is None:
+            del data["report"]
+        return data
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:
         for name in (VISION_NAME, DECODER_NAME):
             if name not in self.files:
                 raise ValueError(f"files does not list {name}")
+        if self.report is not None and self.format_version < 2:
+            raise ValueError("report: needs format_version 2")
         if self.vision.output_size != self.decoder.hidden_size:
             raise ValueError("vision.output_size differs from decoder.hidden_size")
         n_ids = self.decoder.vocab_size + self.decoder.additional_vocab_size

@@ -87,23 +87,25 @@ def golden() -> dict[str, GoldenModel]:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``bundle(name, vision="fp32", decoder="f32")``: an exported golden model, made once.
+    """``bundle(name, vision="fp32", decoder="f32", target="cpu")``: an exported golden model.
 
     Tests share the folder: copy it before changing anything in it.
     """
-    made: dict[tuple[str, str, str], Path] = {}
+    made: dict[tuple[str, ...], Path] = {}
     root = tmp_path_factory.mktemp("bundles")
 
-    def export(name: str, vision: str = "fp32", decoder: str = "f32") -> Path:
+    def export(name: str, vision: str = "fp32", decoder: str = "f32", target: str = "cpu") -> Path:
         from edge_vlm_export import export_checkpoint
 
-        key = (name, vision, decoder)
+        key = (name, vision, decoder, target)
         if key not in made:
             made[key] = export_checkpoint(
                 GOLDEN / name / "checkpoint",
                 root / "-".join(key),
                 vision=vision,
+                target=target,
                 decoder=decoder,
+                measure=False,
                 name=name,
             )
         return made[key]

@@ -226,7 +226,7 @@ def drop(*path: str) -> Change:
 
 
 BAD_VALUES: list[tuple[Change, str]] = [
-    (set_in("format_version", to=2), "has format version 2, this edge-vlm reads up to 1; upgrade"),
+    (set_in("format_version", to=3), "has format version 3, this edge-vlm reads up to 2; upgrade"),
     (set_in("format_version", to=2**63), "upgrade edge-vlm"),
     (set_in("format_version", to=0), "format_version"),
     (set_in("format_version", to=-1), "format_version"),

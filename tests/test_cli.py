@@ -270,7 +270,12 @@ def test_export(run: Run, golden: dict[str, GoldenModel], tmp_path: Path) -> Non
     data = json.loads(run("info", "made", "--json").stdout)
     assert (data["vision"]["precision"], data["decoder"]["precision"]) == ("fp16", "bf16")
     assert_one_line(run("export", checkpoint, "--out", "made"), 2, "made")
-    assert run("export", checkpoint, "--out", "made", "--force").returncode == 0
+    lossy = run("export", checkpoint, "--out", "made", "--force", "--calibrate", "builtin")
+    assert_one_line(lossy, 1, "mean divergence", "--allow-loss")  # random weights bear little
+    assert b"divergence" in lossy.stderr.split(b"Error:")[0]
+    kept = run("export", checkpoint, "--out", "made", "--force", "--allow-loss")
+    assert kept.returncode == 0
+    assert b"same token" in kept.stderr
     assert json.loads(run("info", "made", "--json").stdout)["decoder"]["precision"] == "q4_k_m"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 

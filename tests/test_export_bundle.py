@@ -16,13 +16,13 @@ from typing import Any
 import llama_cpp
 import pytest
 from edge_vlm_export import export as export_module
-from edge_vlm_export import export_checkpoint, staging
+from edge_vlm_export import staging
 from edge_vlm_export import verify as verify_module
 
 from edge_vlm.bundle import Bundle
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
 from tests.conftest import GOLDEN, GOLDEN_NAMES
-from tests.export_helpers import copy_checkpoint, set_key
+from tests.export_helpers import copy_checkpoint, export_exact, set_key
 
 CHECKPOINT = GOLDEN / "tiny-126-tied" / "checkpoint"
 Steps = list[tuple[str, int, int]]
@@ -41,7 +41,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def old(tmp_path: Path) -> Path:
     """An earlier bundle at the output path, in a folder of its own."""
     (tmp_path / "outputs").mkdir()
-    return export_checkpoint(CHECKPOINT, tmp_path / "outputs" / "bundle", name="old")
+    return export_exact(CHECKPOINT, tmp_path / "outputs" / "bundle", name="old")
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -90,7 +90,7 @@ def test_the_manifest_tells_the_checkpoint_s_settings(
 def test_name_licence_and_origin(tmp_path: Path) -> None:
     def identity(checkpoint: Path, **options: Any) -> tuple[str, str, str, str | None]:
         out = tmp_path / f"bundle-{len(list(tmp_path.iterdir()))}"
-        model = Bundle.open(export_checkpoint(checkpoint, out, **options)).manifest.model
+        model = Bundle.open(export_exact(checkpoint, out, **options)).manifest.model
         return model.name, model.license, model.source, model.revision
 
     plain = copy_checkpoint("tiny-126-tied", tmp_path / "my-model")
@@ -118,7 +118,7 @@ def test_name_licence_and_origin(tmp_path: Path) -> None:
 
 def test_progress_counts_every_stage_to_its_end(tmp_path: Path) -> None:
     steps: Steps = []
-    export_checkpoint(CHECKPOINT, tmp_path / "bundle", progress=lambda *step: steps.append(step))
+    export_exact(CHECKPOINT, tmp_path / "bundle", progress=lambda *step: steps.append(step))
     assert list(dict.fromkeys(stage for stage, _, _ in steps)) == [
         "vision",
         "decoder",
@@ -139,7 +139,7 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
     out = old if overwrite else old.parent / "new"
     before = snapshot(old.parent)
     steps: Steps = []
-    export_checkpoint(CHECKPOINT, tmp_path / "x", progress=lambda *step: steps.append(step))
+    export_exact(CHECKPOINT, tmp_path / "x", progress=lambda *step: steps.append(step))
     for last in (0, 1, len(steps) // 3, len(steps) // 2, len(steps) - 3, len(steps) - 1):
         seen = 0
 
@@ -151,7 +151,7 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
             seen += 1
 
         with pytest.raises(KeyboardInterrupt):
-            export_checkpoint(CHECKPOINT, out, progress=stop, overwrite=overwrite)
+            export_exact(CHECKPOINT, out, progress=stop, overwrite=overwrite)
         assert snapshot(old.parent) == before
         assert [path.name for path in old.parent.iterdir()] == ["bundle"]
 
@@ -160,8 +160,8 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
 @pytest.mark.parametrize(
     "target",
     [
-        "edge_vlm_export.vision.write_vision",
-        "edge_vlm_export.decoder.write_decoder",
+        "edge_vlm_export.vision_export.write_vision",
+        "edge_vlm_export.decoder_export.write_decoder",
         "edge_vlm_export.export.record_files",
         "edge_vlm_export.export.build_manifest",
         "edge_vlm_export.verify.verify_bundle",
@@ -178,7 +178,7 @@ def test_a_failure_at_any_step_leaves_nothing(
     out = old if overwrite else old.parent / "new"
     before = snapshot(old.parent)
     with pytest.raises(EdgeVLMError, match=r"^No space left on device$"):
-        export_checkpoint(CHECKPOINT, out, overwrite=overwrite)
+        export_exact(CHECKPOINT, out, overwrite=overwrite)
     assert snapshot(old.parent) == before
     assert [path.name for path in old.parent.iterdir()] == ["bundle"]
 
@@ -198,7 +198,7 @@ def test_a_failing_rename_restores_the_old_bundle(
 
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(EdgeVLMError, match="Permission denied"):
-        export_checkpoint(CHECKPOINT, old, name="new", overwrite=True)
+        export_exact(CHECKPOINT, old, name="new", overwrite=True)
     assert calls >= failing
     assert snapshot(old.parent) == before
 
@@ -206,9 +206,9 @@ def test_a_failing_rename_restores_the_old_bundle(
 def test_an_old_bundle_is_kept_unless_asked(old: Path) -> None:
     before = snapshot(old.parent)
     with pytest.raises(InputError, match="already exists"):
-        export_checkpoint(CHECKPOINT, old)
+        export_exact(CHECKPOINT, old)
     assert snapshot(old.parent) == before
-    export_checkpoint(CHECKPOINT, old, name="new", overwrite=True)
+    export_exact(CHECKPOINT, old, name="new", overwrite=True)
     assert Bundle.open(old).name == "new"
     assert [path.name for path in old.parent.iterdir()] == ["bundle"]
 
@@ -222,7 +222,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
             (out / "precious").write_text("x")
 
     with pytest.raises(InputError, match="already exists"):
-        export_checkpoint(CHECKPOINT, out, progress=make)
+        export_exact(CHECKPOINT, out, progress=make)
     assert snapshot(tmp_path) == {"bundle/precious": b"x"}
 
 
@@ -236,7 +236,7 @@ def test_only_a_bundle_is_overwritten(tmp_path: Path, bundle: Callable[..., Path
     dangling.symlink_to(tmp_path / "nowhere")
     for out in (folder, folder / "thesis.txt", link, dangling):
         with pytest.raises(InputError, match="is not a bundle folder"):
-            export_checkpoint(CHECKPOINT, out, overwrite=True)
+            export_exact(CHECKPOINT, out, overwrite=True)
     assert (folder / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "documents", "link"]
 
@@ -246,22 +246,22 @@ def test_the_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
     (checkpoint / "bundle.json").write_text("{}")
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="the checkpoint itself"):
-        export_checkpoint(checkpoint, checkpoint, overwrite=True)
+        export_exact(checkpoint, checkpoint, overwrite=True)
     assert snapshot(tmp_path) == before
 
 
 def test_the_output_s_parent_has_to_exist(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        export_checkpoint(CHECKPOINT, tmp_path / "a" / "b")
+        export_exact(CHECKPOINT, tmp_path / "a" / "b")
     with pytest.raises(InputError, match="no name for a new folder"):
-        export_checkpoint(CHECKPOINT, tmp_path / "..")
+        export_exact(CHECKPOINT, tmp_path / "..")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", [{"vision": "int8"}, {"decoder": "q4_1"}, {"name": ""}])
+@pytest.mark.parametrize("option", [{"vision": "int7"}, {"decoder": "q4_1"}, {"name": ""}])
 def test_options_are_checked(tmp_path: Path, option: dict[str, str]) -> None:
     with pytest.raises(InputError, match=next(iter(option))):
-        export_checkpoint(CHECKPOINT, tmp_path / "bundle", **option)  # type: ignore[arg-type]
+        export_exact(CHECKPOINT, tmp_path / "bundle", **option)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -274,9 +274,7 @@ def test_a_full_disk_is_noticed_before_writing(
     )
     stages: Steps = []
     with pytest.raises(InputError, match=r"[0-9.]+ MB are needed, 67\.1 MB are free"):
-        export_checkpoint(
-            CHECKPOINT, tmp_path / "bundle", progress=lambda *step: stages.append(step)
-        )
+        export_exact(CHECKPOINT, tmp_path / "bundle", progress=lambda *step: stages.append(step))
     assert stages == []
     assert list(tmp_path.iterdir()) == []
 
@@ -306,7 +304,7 @@ def test_a_bundle_that_does_not_work_is_noticed(
 
     monkeypatch.setattr(export_module, "record_files", record_damaged)
     with pytest.raises(EdgeVLMError, match=f"the written bundle does not work: .*{message}"):
-        export_checkpoint(CHECKPOINT, tmp_path / "bundle")
+        export_exact(CHECKPOINT, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -337,7 +335,7 @@ def test_tensors_are_read_one_at_a_time_while_writing(tmp_path: Path) -> None:
     path.write_bytes(data)
     (tmp_path / "outputs").mkdir()
     with pytest.raises(CheckpointError, match="infinite"):
-        export_checkpoint(checkpoint, tmp_path / "outputs" / "bundle")
+        export_exact(checkpoint, tmp_path / "outputs" / "bundle")
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
@@ -365,7 +363,7 @@ def test_an_export_prints_nothing_and_loads_no_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from edge_vlm_export import export_checkpoint
-export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
+export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), vision="fp32", decoder="f16")
 assert not {"torch", "transformers", "tensorflow", "jax"} & set(sys.modules)
 """
     result = python(code, str(CHECKPOINT), str(tmp_path / "bundle"))
@@ -383,7 +381,7 @@ def wait(stage, done, total):
     if stage == "decoder":
         print("ready", flush=True)
         time.sleep(60)
-export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
+export_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), vision="fp32", decoder="f16", progress=wait)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(CHECKPOINT), str(tmp_path / "bundle")],

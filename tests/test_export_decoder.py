@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from edge_vlm_export import export_checkpoint
 from edge_vlm_export.checkpoint import Checkpoint
 
 from edge_vlm.bundle import Bundle
 from tests.conftest import GOLDEN, GOLDEN_NAMES, GoldenModel
 from tests.export_helpers import (
     copy_checkpoint,
+    export_exact,
     last_logits,
     llama_model,
     llama_tokenize,
@@ -192,7 +192,7 @@ def test_an_added_token_that_is_not_special_is_found_in_text(tmp_path: Path) -> 
     checkpoint = copy_checkpoint("tiny-378", tmp_path / "checkpoint", link_weights=True)
     set_key(checkpoint / "tokenizer.json", "added_tokens.5.special", False)
     set_key(checkpoint / "tokenizer.json", "added_tokens.5.content", "<think>")
-    folder = export_checkpoint(checkpoint, tmp_path / "bundle")
+    folder = export_exact(checkpoint, tmp_path / "bundle")
     tokens = Bundle.open(folder).manifest.tokens
     assert "<think>" not in tokens.special
     assert "<|im_end|>" in tokens.special

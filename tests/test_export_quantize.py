@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from edge_vlm_export import export_checkpoint
+from edge_vlm_export import decoder_export, export_checkpoint
 from edge_vlm_export.quantize import MIXTURES, head_types, stored_tensors
 from edge_vlm_export.worker import run_apart
 
@@ -37,6 +38,14 @@ TYPES = {
 }
 # Largest error of a tensor, relative to its values (root mean squares), by the type's bits.
 ERRORS = {"4": 0.12, "5": 0.06, "6": 0.03, "8": 0.01}
+
+
+export = partial(export_checkpoint, vision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_VLM_THREADS", "1")
 
 
 def types_of(path: Path) -> dict[str, str]:
@@ -109,8 +118,12 @@ def test_metadata_and_the_ids_that_are_only_read_survive(bundle: Callable[..., P
 def test_head_and_token_table_can_be_chosen(
     name: str, options: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
-    out = export_checkpoint(
-        GOLDEN / name / "checkpoint", tmp_path / "bundle", decoder="q4_k_m", **options
+    out = export(
+        GOLDEN / name / "checkpoint",
+        tmp_path / "bundle",
+        decoder="q4_k_m",
+        measure=False,
+        **options,
     )  # type: ignore[arg-type]
     found = types_of(out / "decoder.gguf")
     assert {key: found[f"{key}.weight"] for key in expected} == expected
@@ -120,14 +133,14 @@ def test_choices_that_cannot_be_met_are_refused(tmp_path: Path) -> None:
     checkpoint = GOLDEN / "tiny-126-tied" / "checkpoint"
     for options, message in (
         ({"decoder": "q4_k_m", "decoder_head": "q3_k"}, "decoder-head: 'q3_k' is none of"),
-        ({"decoder": "f16", "decoder_head": "q8_0"}, "decoder-head: f16 stores every tensor alike"),
+        ({"decoder": "f16", "decoder_head": "q8_0"}, "decoder-head: f16 stores every weight alike"),
         (
             {"decoder": "q4_0", "decoder_head": "q8_0", "decoder_embedding": "q4_0"},
             "its token table",
         ),
     ):
         with pytest.raises(InputError, match=message):
-            export_checkpoint(checkpoint, tmp_path / "bundle", **options)  # type: ignore[arg-type]
+            export(checkpoint, tmp_path / "bundle", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,28 +158,24 @@ def test_stopping_while_quantizing_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(
-            GOLDEN / "tiny-378" / "checkpoint", tmp_path / "x", decoder="q4_0", progress=stop
-        )
+        export(GOLDEN / "tiny-378" / "checkpoint", tmp_path / "x", decoder="q4_0", progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_of_the_quantizer_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edge_vlm_export import decoder as decoder_part
-
-    write = decoder_part.write_decoder
+    write = decoder_export.write_decoder
 
     def write_half(path: Path, *arguments: Any, **options: Any) -> None:
         write(path, *arguments, **options)
         os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(decoder_part, "write_decoder", write_half)
+    monkeypatch.setattr(decoder_export, "write_decoder", write_half)
     with pytest.raises(
         EdgeVLMError, match=r"could not quantize the decoder: .*not within the file"
     ):
-        export_checkpoint(GOLDEN / "tiny-378" / "checkpoint", tmp_path / "x", decoder="q4_0")
+        export(GOLDEN / "tiny-378" / "checkpoint", tmp_path / "x", decoder="q4_0", measure=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,7 +65,7 @@ def test_the_tensors_are_those_of_a_published_checkpoint(name: str, tmp_path: Pa
 
 def test_it_answers_and_its_output_is_not_degenerate(tmp_path: Path) -> None:
     checkpoint = synthesize("demo", tmp_path / "random", seed=3)
-    bundle = export_checkpoint(checkpoint, tmp_path / "bundle", decoder="f32")
+    bundle = export_checkpoint(checkpoint, tmp_path / "bundle", vision="fp32", decoder="f32")
     picture = np.random.default_rng(0).integers(0, 256, (200, 260, 3), np.uint8)
     with EdgeVLM.load(bundle, settings=MachineSettings(threads=1)) as vlm:
         first = vlm.ask([picture], "What?", max_tokens=12).answer

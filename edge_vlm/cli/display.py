@@ -79,11 +79,18 @@ class Steps:
         if self._bars:
             self._bars.stop()
 
+    def say(self, text: str) -> None:
+        """Write lines to stderr, above the bars."""
+        if self._bars:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(f"{text}\n")
+
     def show(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` bytes of a step are done."""
+        """Show that ``done`` of ``total`` of a step are done."""
         if not self._bars:
             return
         if stage != self._stage:
             self._bars.add_task(stage, total=total)
             self._stage = stage
-        self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
+        self._bars.update(self._bars.task_ids[-1], completed=done, total=total or None)

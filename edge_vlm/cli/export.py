@@ -21,10 +21,25 @@ TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--vision",
-    type=click.Choice(["fp32", "fp16"]),
-    default="fp32",
+    type=click.Choice(["int8", "int8-static", "int4", "fp16", "fp32"]),
+    default="int8",
     show_default=True,
-    help="Precision of the vision tower's weights.",
+    help="Precision of the vision tower; int4 and fp16 are of its weights alone.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["cpu", "portable"]),
+    default="cpu",
+    show_default=True,
+    help="Layout of vision.onnx: onnxruntime's fused operators, or standard ones alone.",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.995,
+    show_default=True,
+    help="Keep matrix products of the vision tower in higher precision until its output has this"
+    " mean cosine.",
 )
 @click.option(
     "--decoder",
@@ -44,6 +59,24 @@ TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32
     help="Type of the token table; by default the mixture's main type.",
 )
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
+@click.option(
+    "--calibrate",
+    metavar="FOLDER|builtin",
+    help="Calibrate with pictures and questions: those of a folder, or built-in ones.",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Compare the result with the checkpoint; by default what is quantized.",
+)
+@click.option(
+    "--max-divergence",
+    type=click.FloatRange(0, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="Fail if the decoder's mean divergence from the checkpoint is larger, in nats.",
+)
+@click.option("--allow-loss", is_flag=True, help="Write the bundle whatever the report says.")
 @click.option("--name", help="Name of the model in the manifest.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @verbose_option
@@ -51,10 +84,16 @@ def command(
     checkpoint: str,
     out: Path,
     vision: str,
+    target: str,
+    min_cosine: float,
     decoder: str,
     decoder_head: str | None,
     decoder_embedding: str | None,
     offline: bool,
+    calibrate: str | None,
+    measure: bool | None,
+    max_divergence: float,
+    allow_loss: bool,
     name: str | None,
     force: bool,
     verbose: bool,
@@ -84,25 +123,29 @@ def command(
 
     from edge_vlm.cli.display import Steps
 
-    def notice(text: str) -> None:
-        click.echo(text, err=True)
-
     check_target(out, force)  # before gigabytes are downloaded
     with Steps() as steps:
         source = parse_source(checkpoint)
         if isinstance(source, HubName):
-            source = fetch(source, offline=offline, progress=steps.show, notice=notice)
+            source = fetch(source, offline=offline, progress=steps.show, notice=steps.say)
         written = export_checkpoint(
             source,
             out,
             vision=vision,
+            target=target,
+            min_cosine=min_cosine,
             decoder=decoder,
             decoder_head=decoder_head,
             decoder_embedding=decoder_embedding,
+            calibrate=calibrate,
+            measure=measure,
+            max_divergence=max_divergence,
+            allow_loss=allow_loss,
             name=name,
             overwrite=force,
             progress=steps.show,
-            notice=notice,
+            notice=steps.say,
+            on_report=lambda report: steps.say(report.text()),
         )
     size = sum(path.stat().st_size for path in written.iterdir())
     click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_vlm.bundle import DECODER_NAME, MANIFEST_NAME, VISION_NAME
-from edge_vlm.errors import CheckpointError, InputError
-from edge_vlm.hardware import default_threads
+from edge_vlm.bundle import DECODER_NAME, MANIFEST_NAME, VISION_NAME, Bundle, FileRecord, Manifest
+from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
+from edge_vlm.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm_export.checkpoint import Checkpoint
 from edge_vlm_export.config import read_settings
 from edge_vlm_export.layout import check_tensors
-from edge_vlm_export.manifest import build_manifest, model_identity, record_files
-from edge_vlm_export.quantize import (
-    MIXTURES,
-    TENSOR_TYPES,
-    head_types,
-    quantize_decoder,
-    quantized_bytes,
-)
+from edge_vlm_export.manifest import build_manifest, model_identity, record_files, unhashed
+from edge_vlm_export.stage import Progress, Stage
 from edge_vlm_export.staging import check_space, check_target, size_text, staged
 from edge_vlm_export.tokenizer import read_tokenizer
-
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
 
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
-    vision: str = "fp32",
-    decoder: str = "f16",
+    vision: str = "int8",
+    target: str = "cpu",
+    min_cosine: float = MIN_COSINE,
+    decoder: str = "q4_k_m",
     decoder_head: str | None = None,
     decoder_embedding: str | None = None,
+    calibrate: str | Path | None = None,
+    measure: bool | None = None,
+    max_divergence: float = MAX_DIVERGENCE,
+    allow_loss: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     overwrite: bool = False,
     external_data_bytes: int | None = None,
 ) -> Path:
@@ -45,16 +43,25 @@ def export_checkpoint(
     Args:
         checkpoint: Folder with config, tokenizer and safetensors files.
         out: Folder to create; its parent has to exist.
-        vision: Precision of the stored vision weights: fp32 or fp16.
+        vision: Precision of the vision part: int8, int8-static, int4, fp16 or fp32.
+        target: Layout of its graph: "cpu" with onnxruntime's fused operators, or "portable".
+        min_cosine: What its output's mean cosine has to reach; see ``vision_budget``.
         decoder: Type of the decoder's weights: f32, f16, bf16, or one of llama.cpp's mixtures
             q4_k_m, q4_0, q5_k_m, q6_k, q8_0, iq4_xs.
         decoder_head: Type of the output head, by default what the mixture says.
         decoder_embedding: Type of the token table, likewise.
+        calibrate: "builtin", or a folder of pictures (see ``calibration.read_samples``): collect an
+            importance matrix for the decoder's quantizer, and calibrate the vision part with more
+            tiles.
+        measure: Compare what was written with the checkpoint; by default what is quantized.
+        max_divergence: The largest mean divergence, in nats, that the comparison may find.
+        allow_loss: Keep a bundle that loses more than the limits allow.
         name: The model's name, by default the one the checkpoint tells.
-        progress: Called with a stage ("vision", "decoder", "quantize", "hash", "verify"), the
-            bytes done and the bytes in total. An exception it raises stops the export and leaves
-            nothing behind.
+        progress: Called with a stage ("vision", "decoder", "examples", "importance", "quantize",
+            "compare", "hash", "verify"), what is done and the total, in bytes where files are
+            written or read. An exception it raises stops the export and leaves nothing behind.
         notice: Called with a line about what the export will need.
+        on_report: Called with the report, also when the export fails because of it.
         overwrite: Replace an existing bundle, at the very end, in one step.
         external_data_bytes: Vision weights larger than this go to ``vision.onnx.data``.
 
@@ -64,25 +71,22 @@ def export_checkpoint(
     Raises:
         CheckpointError: the checkpoint is incomplete, contradicts itself or is not supported.
         InputError: ``out`` exists, or something else that was given cannot be used.
-        EdgeVLMError: writing failed.
+        EdgeVLMError: writing failed, or the bundle loses more than the limits allow.
     """
     # The libraries of the export extra are needed from here on only.
-    from edge_vlm_export import decoder as decoder_part
-    from edge_vlm_export import vision as vision_part
-    from edge_vlm_export.onnx_graph import EXTERNAL_DATA_BYTES
+    from edge_vlm_export.decoder_export import DecoderChoice, DecoderExport, check_choice
     from edge_vlm_export.verify import verify_bundle
+    from edge_vlm_export.vision_export import VisionExport
+    from edge_vlm_export.vision_recipe import PRECISIONS, TARGETS
 
     checkpoint, out = Path(checkpoint), Path(out)
-    _check_choice("vision", vision, vision_part.PRECISIONS)
-    _check_choice("decoder", decoder, (*decoder_part.UNQUANTIZED, *MIXTURES))
-    for option, kind in (("head", decoder_head), ("embedding", decoder_embedding)):
-        if kind is not None:
-            _check_choice(f"decoder-{option}", kind, TENSOR_TYPES)
-            if decoder not in MIXTURES:
-                raise InputError(
-                    f"decoder-{option}: {decoder} stores every tensor alike; choose one of"
-                    f" {', '.join(MIXTURES)}"
-                )
+    check_choice("vision", vision, PRECISIONS)
+    check_choice("target", target, TARGETS)
+    if not 0 < min_cosine < 1:
+        raise InputError("min-cosine: must be between 0 and 1")
+    choice = DecoderChoice(
+        decoder, decoder_head, decoder_embedding, calibrate, measure, max_divergence
+    )
     if name is not None and not 1 <= len(name) <= 200:
         raise InputError("name: expected 1 to 200 characters")
     check_target(out, overwrite)
@@ -97,90 +101,59 @@ def export_checkpoint(
     tokenizer = read_tokenizer(checkpoint, settings)
     identity = model_identity(checkpoint, settings, name)
 
-    graph = vision_part.build_vision(tensors, settings, tokenizer.special, vision)
-    quantized = decoder in MIXTURES
-    precision = decoder_part.exact_precision(tensors) if quantized else decoder
-    outputs = decoder_part.plan_decoder(tensors, settings, tied=tied, precision=precision)
-    head, embedding = head_types(tied, settings.text.hidden_size, decoder_head, decoder_embedding)
-    sizes = {"vision": graph.n_bytes, "decoder": sum(output.n_bytes for output in outputs)}
-    if quantized:
-        n_table = (1 if tied else 2) * settings.text.n_ids * settings.text.hidden_size
-        n_values = sum(math.prod(output.shape) for output in outputs)
-        sizes["quantize"] = quantized_bytes(decoder, n_values, n_table)
-    _announce(sizes, out.parent, notice)
+    seeing = VisionExport(
+        tensors,
+        settings,
+        tokenizer.special,
+        precision=vision,
+        target=target,
+        min_cosine=min_cosine,
+        calibrate=calibrate,
+        measure=measure,
+    )
+    decoding = DecoderExport(checkpoint, tensors, settings, tokenizer, tied=tied, choice=choice)
+    _announce(seeing.total_bytes + decoding.total_bytes, decoding.scratch_bytes, out.parent, notice)
 
-    with staged(out, overwrite) as folder:
-        files = vision_part.write_vision(
-            graph,
-            folder / VISION_NAME,
-            _Stage("vision", sizes["vision"], progress),
-            EXTERNAL_DATA_BYTES if external_data_bytes is None else external_data_bytes,
-        )
-        unquantized = folder / ("decoder.tmp" if quantized else DECODER_NAME)
-        decoder_part.write_decoder(
-            unquantized,
-            outputs,
+    def manifest(records: dict[str, FileRecord], report: Report | None) -> Manifest:
+        return build_manifest(
             settings,
             tokenizer,
-            precision=precision,
-            name=identity.name,
-            written=_Stage("decoder", sizes["decoder"], progress),
+            identity,
+            records,
+            vision=vision,
+            decoder=decoder,
+            tied=tied,
+            report=report,
         )
-        files.append(folder / DECODER_NAME)
-        if quantized:
-            quantize_decoder(
-                unquantized,
-                files[-1],
-                decoder,
-                threads=default_threads(),
-                head=head,
-                embedding=embedding,
-                progress=_Stage("quantize", sizes["quantize"], progress).reach,
+
+    with staged(out, overwrite) as folder:
+        files, vision_report = seeing.write(folder / VISION_NAME, external_data_bytes, progress)
+
+        def so_far(gguf: Path) -> Bundle:
+            return Bundle(folder, manifest(unhashed(files) | unhashed([gguf], DECODER_NAME), None))
+
+        decoder_file, decoder_report = decoding.write(folder, identity.name, so_far, progress)
+        report = Report(vision=vision_report, decoder=decoder_report, decoder_file=decoder_file)
+        if on_report:
+            on_report(report)
+        if report.failures and not allow_loss:
+            raise EdgeVLMError(
+                f"{' and '.join(report.failures)}; nothing was written (--allow-loss keeps it)"
             )
-            unquantized.unlink()
+        files.append(folder / DECODER_NAME)
         n_written = sum(path.stat().st_size for path in files)
-        records = record_files(files, _Stage("hash", n_written, progress))
-        manifest = build_manifest(
-            settings, tokenizer, identity, records, vision=vision, decoder=decoder, tied=tied
-        )
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        verified = _Stage("verify", n_written, progress)
+        records = record_files(files, Stage("hash", n_written, progress))
+        text = manifest(records, report).to_json()
+        (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        verified = Stage("verify", n_written, progress)
         verify_bundle(folder)
         verified(n_written)
     return out
 
 
-def _announce(sizes: dict[str, int], parent: Path, notice: Callable[[str], None] | None) -> None:
+def _announce(total: int, scratch: int, parent: Path, notice: Callable[[str], None] | None) -> None:
     """Tell what goes to disk and check that there is room for it."""
-    scratch = sizes["decoder"] if "quantize" in sizes else 0
-    total = sum(sizes.values())
     if notice:
         passing = f", {size_text(scratch)} of it until the decoder is quantized"
         notice(f"needs {size_text(total)} in {parent.resolve()}{passing if scratch else ''}")
     check_space(parent, total)
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{option}: {value!r} is none of {', '.join(choices)}")
-
-
-class _Stage:
-    """Counts the bytes of one stage and reports them."""
-
-    def __init__(self, name: str, total: int, progress: Progress | None) -> None:
-        self.name = name
-        self.total = total
-        self.progress = progress
-        self.done = 0
-        self(0)
-
-    def __call__(self, n_bytes: int) -> None:
-        self.reach(self.done + n_bytes)
-
-    def reach(self, n_bytes: int) -> None:
-        """Report that ``n_bytes`` in all are done; a total that was estimated grows with them."""
-        self.done = n_bytes
-        self.total = max(self.total, n_bytes)
-        if self.progress is not None:
-            self.progress(self.name, self.done, self.total)

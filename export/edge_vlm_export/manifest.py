@@ -19,6 +19,7 @@ from edge_vlm.bundle import (
     Vision,
 )
 from edge_vlm.errors import CheckpointError
+from edge_vlm.report import Report
 from edge_vlm_export.config import IMAGE_PROMPT_TOKEN, Settings
 from edge_vlm_export.json_file import read_text
 from edge_vlm_export.tokenizer import Tokenizer
@@ -61,11 +62,12 @@ def build_manifest(
     vision: str,
     decoder: str,
     tied: bool,
+    report: Report | None,
 ) -> Manifest:
     """The manifest of a bundle; ``vision`` and ``decoder`` name the precisions."""
     text = settings.text
     return Manifest(
-        format_version=1,
+        format_version=1 if report is None else 2,
         model=identity,
         image_processor=settings.image_processor,
         vision=Vision(
@@ -108,6 +110,7 @@ def build_manifest(
         ),
         files=files,
         created_with=versions(),
+        report=report,
     )
 
 
@@ -116,6 +119,13 @@ def record_files(
 ) -> dict[str, FileRecord]:
     """Size and SHA-256 of files, as read back from disk."""
     return {path.name: _record(path, read) for path in paths}
+
+
+def unhashed(paths: Iterable[Path], name: str | None = None) -> dict[str, FileRecord]:
+    """Records of files still in the making, under their own names or the given one."""
+    return {
+        name or path.name: FileRecord(size=path.stat().st_size, sha256="0" * 64) for path in paths
+    }
 
 
 def versions() -> dict[str, str]:

@@ -48,21 +48,26 @@ class Reference:
     def run(
         self,
         inputs: Sequence[Float32],
+        wanted: Sequence[npt.NDArray[np.bool_]],
         on_matmul: OnMatmul | None = None,
         progress: Callable[[int], None] = lambda n_layers: None,
     ) -> list[Float32]:
-        """Hidden states behind the final norm, what the head is multiplied with.
+        """Hidden states of the wanted positions behind the final norm: what the head gets.
+
+        As in llama.cpp, the other positions go no further than the last layer's attention.
 
         Args:
             inputs: decoder inputs, (n_positions, hidden_size) for each prompt.
+            wanted: (n_positions,) for each prompt.
             on_matmul: called for every weight matrix of the blocks and each prompt.
             progress: called with the layers done.
         """
         states = [np.array(rows, np.float32) for rows in inputs]
         for layer in range(self._text.n_layers):
             block = _Block(self, layer, on_matmul or _ignore)
+            last = layer + 1 == self._text.n_layers
             for index, rows in enumerate(states):
-                states[index] = block(rows)
+                states[index] = block(rows, wanted[index] if last else None)
             progress(layer + 1)
         norm = self._read("ln_f.weight")
         return [self.normed(rows, norm) for rows in states]
@@ -105,9 +110,11 @@ class _Block:
             )
         }
 
-    def __call__(self, rows: Float32) -> Float32:
+    def __call__(self, rows: Float32, kept: npt.NDArray[np.bool_] | None) -> Float32:
         weights, norm = self._weights, self._reference.normed
         rows = rows + self._attention(norm(rows, weights["attn_lnorm"]))
+        if kept is not None:
+            rows = rows[kept]
         normed = norm(rows, weights["ffn_lnorm"])
         up, gate = np.split(self._project("ffn.up", normed, "ffn_up", "ffn_gate"), 2, axis=-1)
         up *= gate / (1 + np.exp(-gate))

@@ -20,7 +20,6 @@ from edge_vlm_export.checkpoint import Float32
 from edge_vlm_export.vision_recipe import HIGHER, Recipe
 from edge_vlm_export.vision_stages import State, Tower
 
-MIN_COSINE = 0.995
 # The worst hundredth of the tokens may be this many times as far from 1 as the mean.
 WORST_FACTOR = 4
 WORST_PERCENT = 1
@@ -40,8 +39,13 @@ class Loss:
 
     def meets(self, min_cosine: float) -> bool:
         """Whether mean and worst hundredth are inside the budget."""
-        worst = 1 - WORST_FACTOR * (1 - min_cosine)
+        worst = self.least_worst(min_cosine)
         return self.cosine_mean >= min_cosine and self.cosine_worst >= worst
+
+    @staticmethod
+    def least_worst(min_cosine: float) -> float:
+        """What the worst hundredth has to reach."""
+        return 1 - WORST_FACTOR * (1 - min_cosine)
 
     def excess(self, min_cosine: float) -> float:
         """The loss in units of the budget: at most 1 when it is met."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.errors import EdgeVLMError
+from edge_vlm.report import MIN_COSINE
 from edge_vlm_export.calibration_tiles import BUILTIN, CalibrationTiles, calibration_tiles
 from edge_vlm_export.checkpoint import Checkpoint, Float32
 from edge_vlm_export.config import Settings
@@ -22,7 +23,7 @@ from edge_vlm_export.smoothing import (
     observer,
 )
 from edge_vlm_export.vision import build_vision, decoder_rows, write_vision
-from edge_vlm_export.vision_budget import MIN_COSINE, Loss, fit, loss
+from edge_vlm_export.vision_budget import Loss, fit, loss
 from edge_vlm_export.vision_recipe import PRECISIONS, QUANTIZED, TARGETS, Range, Recipe
 from edge_vlm_export.vision_stages import Stage, Tower, session
 

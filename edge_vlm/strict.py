@@ -1,0 +1,22 @@
+"""What every part of a manifest has in common: nothing unknown, nothing converted, one line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """A part of ``bundle.json``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("contains a character that cannot be printed")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_printable)]

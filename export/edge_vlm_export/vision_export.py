@@ -1,0 +1,106 @@
+"""The vision part of an export: written in any precision, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from edge_vlm.report import VisionReport
+from edge_vlm_export.calibration_tiles import BUILTIN, calibration_tiles
+from edge_vlm_export.checkpoint import Checkpoint
+from edge_vlm_export.config import Settings
+from edge_vlm_export.onnx_graph import EXTERNAL_DATA_BYTES
+from edge_vlm_export.stage import Progress, Stage
+from edge_vlm_export.vision import build_vision, write_vision
+from edge_vlm_export.vision_budget import Loss
+from edge_vlm_export.vision_quantize import (
+    CALIBRATION_TILES,
+    QUICK_TILES,
+    largest_bytes,
+    write_vision_quantized,
+)
+from edge_vlm_export.vision_recipe import QUANTIZED, Recipe
+
+
+class VisionExport:
+    """Plans the vision file when made; ``write`` carries it out.
+
+    Raises:
+        InputError: the calibration folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        special: Mapping[str, int],
+        *,
+        precision: str,
+        target: str,
+        min_cosine: float,
+        calibrate: str | Path | None,
+        measure: bool | None,
+    ) -> None:
+        self._checkpoint, self._settings, self._special = checkpoint, settings, special
+        self._precision, self._target, self._min_cosine = precision, target, min_cosine
+        self._measured = precision in QUANTIZED or bool(measure)
+        self.total_bytes = largest_bytes(checkpoint, settings, special, precision)
+        self._tiles = (
+            calibration_tiles(
+                calibrate or BUILTIN,
+                settings.image_processor,
+                CALIBRATION_TILES if calibrate else QUICK_TILES,
+            )
+            if self._measured
+            else None
+        )
+
+    def write(
+        self, path: Path, external_bytes: int | None, progress: Progress | None
+    ) -> tuple[list[Path], VisionReport | None]:
+        """Write the graph to ``path`` (large weights beside it) and measure it.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or does not fit the precision.
+            EdgeVLMError: onnxruntime refuses what was written.
+        """
+        limit = EXTERNAL_DATA_BYTES if external_bytes is None else external_bytes
+        written = Stage("vision", self.total_bytes, progress)
+        if self._tiles is None:
+            recipe = Recipe(self._precision, self._target)
+            graph = build_vision(self._checkpoint, self._settings, self._special, recipe)
+            files = write_vision(graph, path, written, limit)
+            written.reach(written.total)
+            return files, None
+        found = write_vision_quantized(
+            self._checkpoint,
+            self._settings,
+            self._special,
+            path,
+            precision=self._precision,
+            target=self._target,
+            calibration=self._tiles,
+            min_cosine=self._min_cosine,
+            progress=Stage("fit vision", 0, progress).reach,
+            written=written,
+            external_bytes=limit,
+        )
+        written.reach(written.total)
+        return list(found.files), VisionReport(
+            n_tiles=found.n_tiles,
+            cosine_mean=_cosine(found.cosine_mean),
+            cosine_worst=_cosine(found.cosine_worst),
+            error_mean=float(found.error_mean),
+            error_worst=float(found.error_worst),
+            min_cosine=self._min_cosine,
+            min_cosine_worst=Loss.least_worst(self._min_cosine),
+            n_bytes=found.n_bytes,
+            bits_per_weight=found.bits_per_weight,
+            n_products=len(found.products),
+            kept=found.kept,
+        )
+
+
+def _cosine(value: float) -> float:
+    """Rounding can carry one past its range."""
+    return min(1.0, max(-1.0, float(value)))
