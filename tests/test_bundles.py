@@ -689,7 +689,7 @@ good = path.read_bytes()
 for seed in range(100):
     rng = random.Random(seed)
     damaged = bytearray(good)
-    damaged[rng.randrange(20_000)] ^= 1 << rng.randrange(8)  # nodes come before weights
+    damaged[rng.randrange(10_000)] ^= 1 << rng.randrange(8)  # nodes come before weights
     path.write_bytes(damaged)
     try:
         VisionTower(bundle, threads=1).load()

@@ -121,7 +121,7 @@ class DecoderExport:
         self,
         folder: Path,
         name: str,
-        bundle: Callable[[Path], Bundle],
+        bundle: Callable[[], Bundle],
         progress: Progress | None,
     ) -> tuple[DecoderFile, DecoderReport | None]:
         """Write ``decoder.gguf`` to ``folder`` and measure it.
@@ -129,17 +129,16 @@ class DecoderExport:
         Args:
             folder: where ``vision.onnx`` is already.
             name: the model's.
-            bundle: the bundle so far, its decoder being the given file.
+            bundle: gives the bundle as it is so far, the decoder not quantized yet.
             progress: see ``export_checkpoint``.
 
         Raises:
             CheckpointError: a tensor cannot be read or does not fit the precision.
             EdgeVLMError: llama.cpp or onnxruntime failed.
         """
-        target = folder / DECODER_NAME
-        source = folder / _SCRATCH_NAME if self._choice.quantized else target
+        path = folder / DECODER_NAME
         write_decoder(
-            source,
+            path,
             self._outputs,
             self._settings,
             self._tokenizer,
@@ -147,7 +146,7 @@ class DecoderExport:
             name=name,
             written=Stage("decoder", self.n_bytes, progress),
         )
-        calibrating, measuring = self._prompts(bundle, source, progress)
+        calibrating, measuring = self._prompts(bundle, path, progress)
         stored = [
             Stored(output.name, output.kind.name.lower(), math.prod(output.shape), output.n_bytes)
             for output in self._outputs
@@ -161,9 +160,10 @@ class DecoderExport:
                     n_prompts=len(calibrating),
                     n_positions=sum(len(prompt.ids) for prompt in calibrating),
                 )
+            scratch = folder / _SCRATCH_NAME
             stored = quantize_decoder(
-                source,
-                target,
+                path,
+                scratch,
                 self._choice.kind,
                 threads=self._threads,
                 head=self._head,
@@ -171,12 +171,13 @@ class DecoderExport:
                 imatrix=matrix,
                 progress=Stage("quantize", self._n_quantized, progress).reach,
             )
-            for scratch in filter(None, (source, matrix)):
-                scratch.unlink()
+            scratch.replace(path)
+            if matrix:
+                matrix.unlink()
         report = None
         if self._measure:
             report = decoder_report(
-                target,
+                path,
                 self._folder,
                 measuring,
                 source=source_name(self._choice.calibrate),
@@ -184,10 +185,10 @@ class DecoderExport:
                 threads=self._threads,
                 progress=Stage("compare", 0, progress).reach,
             )
-        return decoder_file(target.stat().st_size, stored, calibration), report
+        return decoder_file(path.stat().st_size, stored, calibration), report
 
     def _prompts(
-        self, bundle: Callable[[Path], Bundle], gguf: Path, progress: Progress | None
+        self, bundle: Callable[[], Bundle], gguf: Path, progress: Progress | None
     ) -> tuple[list[Prompt], list[Prompt]]:
         """Those to calibrate with and those to measure on; the engines are freed again."""
         if self._samples is None and not self._measure:
@@ -195,7 +196,7 @@ class DecoderExport:
         stage = Stage("examples", 0, progress)
         template = self._settings.chat_template
         calibrating: list[Prompt] = []
-        with PromptMaker(bundle(gguf), gguf, template, self._threads) as maker:
+        with PromptMaker(bundle(), gguf, template, self._threads) as maker:
             for sample in split(self._samples)[0] if self._samples else ():
                 calibrating.append(maker.make(sample))
                 stage.reach(len(calibrating), len(self._samples or ()))

@@ -129,8 +129,8 @@ def export_checkpoint(
     with staged(out, overwrite) as folder:
         files, vision_report = seeing.write(folder / VISION_NAME, external_data_bytes, progress)
 
-        def so_far(gguf: Path) -> Bundle:
-            return Bundle(folder, manifest(unhashed(files) | unhashed([gguf], DECODER_NAME), None))
+        def so_far() -> Bundle:
+            return Bundle(folder, manifest(unhashed([*files, folder / DECODER_NAME]), None))
 
         decoder_file, decoder_report = decoding.write(folder, identity.name, so_far, progress)
         report = Report(vision=vision_report, decoder=decoder_report, decoder_file=decoder_file)

@@ -121,11 +121,9 @@ def record_files(
     return {path.name: _record(path, read) for path in paths}
 
 
-def unhashed(paths: Iterable[Path], name: str | None = None) -> dict[str, FileRecord]:
-    """Records of files still in the making, under their own names or the given one."""
-    return {
-        name or path.name: FileRecord(size=path.stat().st_size, sha256="0" * 64) for path in paths
-    }
+def unhashed(paths: Iterable[Path]) -> dict[str, FileRecord]:
+    """Records of files still in the making."""
+    return {path.name: FileRecord(size=path.stat().st_size, sha256="0" * 64) for path in paths}
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,7 @@ class PromptMaker:
     def __init__(self, bundle: Bundle, gguf: Path, template: str, threads: int) -> None:
         self._processor = limit_tiles(bundle.manifest.image_processor, MAX_TILES)
         self._tower = VisionTower(bundle, threads=threads)
-        self._markers = self._tower.marker_embeddings()
+        self._markers = self._tower.marker_embeddings
         self._close = ExitStack()
         model = self._close.enter_context(loaded(gguf, vocab_only=True))
         self._builder = PromptBuilder(bundle.manifest, template, lambda text: tokenize(model, text))
