@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edge_vlm import cost
-from edge_vlm.bundle import DECODER_NAME, Decoder, ImageProcessor, Manifest
+from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Decoder, ImageProcessor, Manifest
 from edge_vlm.cost import CONTEXT_STEP, VisionSizes
 from edge_vlm.errors import BudgetError, InputError
 from edge_vlm.machine import KV_TYPES
@@ -24,12 +24,17 @@ QUESTION_TOKENS = 32  # of a chat template with a short question
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A model as the planner sees it; file sizes in bytes."""
+    """A model as the planner sees it; file sizes in bytes.
+
+    ``parsed_bytes`` is ``vision.onnx`` without its data file: onnxruntime keeps what it parsed, and
+    maps the rest.
+    """
 
     processor: ImageProcessor
     vision: VisionSizes
     vision_precision: str
     vision_bytes: int
+    parsed_bytes: int
     decoder: Decoder
     decoder_bytes: int
 
@@ -43,6 +48,7 @@ class ModelSizes:
             vision=VisionSizes.of(manifest.vision),
             vision_precision=manifest.vision.precision,
             vision_bytes=sum(files.values()),
+            parsed_bytes=files[VISION_NAME],
             decoder=manifest.decoder,
             decoder_bytes=decoder_bytes,
         )
@@ -216,14 +222,14 @@ def plan_request(
         cost.context_size(decoder.max_sequence_length),
     )
     crop_bytes = 4 * processor.n_patches * processor.patch_values
+    flash = settings.flash_attention or settings.kv_type.startswith("q")
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
     memory = Memory(
         python=cost.PYTHON_BYTES,
         # Vectors twice: as encoded, and in the order of the prompt.
         picture=3 * width * height + image.crops * (crop_bytes + 2 * vector_bytes),
-        vision_weights=round(
-            model.vision_bytes * cost.VISION_COPIES.get(model.vision_precision, 1.0)
-        ),
+        vision_weights=model.parsed_bytes
+        + round(model.vision_bytes * cost.VISION_GROWTH.get(model.vision_precision, 1.0)),
         onnxruntime_arena=cost.arena_bytes(processor, vision, settings.tiles_per_call),
         decoder_weights=model.decoder_bytes,
         repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
@@ -231,12 +237,9 @@ def plan_request(
         else 0,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
         compute_buffers=cost.compute_bytes(
-            decoder,
-            context,
-            settings.batch_size,
-            settings.kv_type,
-            settings.flash_attention or settings.kv_type.startswith("q"),
-        ),
+            decoder, context, settings.batch_size, settings.kv_type, flash
+        )
+        + cost.work_bytes(decoder, context, settings.batch_size, flash),
         residency=settings.residency,
     )
     return RequestPlan(

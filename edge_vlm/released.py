@@ -48,8 +48,15 @@ DECODER = Decoder(
     tied_head=False,
 )
 
-VISION_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # per weight
-DECODER_PRECISIONS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+VISION_BYTES = {
+    "fp32": 4.0,
+    "fp16": 2.0,
+    "int8": 1.0,
+    "int8-static": 1.0,
+    "int4": 0.625,
+}  # a weight
+EXTERNAL_DATA_BYTES = 256 << 20  # a larger vision graph has its weights in a second file
+DECODER_PRECISIONS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
 
 
 def model_sizes(vision: str = "fp16", decoder: str = "q4_k_m") -> ModelSizes:
@@ -59,11 +66,13 @@ def model_sizes(vision: str = "fp16", decoder: str = "q4_k_m") -> ModelSizes:
     """
     geometry = DECODER.model_copy(update={"precision": decoder})
     widths = cost.VisionSizes.of(VISION)
+    vision_bytes = round(widths.n_weights(IMAGE_PROCESSOR) * VISION_BYTES[vision])
     return ModelSizes(
         processor=IMAGE_PROCESSOR,
         vision=widths,
         vision_precision=vision,
-        vision_bytes=widths.n_weights(IMAGE_PROCESSOR) * VISION_BYTES[vision],
+        vision_bytes=vision_bytes,
+        parsed_bytes=vision_bytes if vision_bytes <= EXTERNAL_DATA_BYTES else 0,
         decoder=geometry,
         decoder_bytes=sum(cost.gguf_bytes(geometry, decoder).values()),
     )

@@ -339,11 +339,12 @@ def test_a_quantized_kv_cache_answers() -> None:
 
 
 def test_options_of_the_hardware_through_the_command(run: Run) -> None:
-    result = run("ask", "Hi", "--provider", "qnn")
+    result = run("ask", RECEIPT, "Hi", "--provider", "qnn")
     assert result.returncode == 2
     assert b"pip install onnxruntime-qnn" in result.stderr
     assert result.stdout == b""
-    cpu = run("ask", "Hi", "--provider", "cpu", "--gpu-layers", "0", "--max-tokens", "2")
+    hardware = ("--provider", "cpu", "--gpu-layers", "0")
+    cpu = run("ask", RECEIPT, "Hi", *hardware, "--max-tokens", "2")
     assert cpu.returncode == 0
     assert cpu.stderr == b""
     assert run("ask", "Hi", "--gpu-layers", "x").returncode == 2

@@ -150,6 +150,24 @@ def test_memory_of_a_run_with_the_demo_model(run: Run) -> None:
     assert planned["memory"]["peak"] == pytest.approx(asked["peak_rss_bytes"], rel=0.15)
 
 
+def test_vision_weights_in_memory() -> None:
+    """Measured with a tower of the released width and 6 blocks, MB of files and of memory.
+
+    fp32 in a second file: 516 and 491; fp16 in a second file: 258 and 602, in one: 258 and 767.
+    """
+    for precision, parsed, file_mb, measured in (
+        ("fp32", 0, 516, 491),
+        ("fp16", 0, 258, 602),
+        ("fp16", 258_000_000, 258, 767),
+        ("int8", 0, 131, 134),
+    ):
+        model = dataclasses.replace(
+            model_sizes(precision), vision_bytes=file_mb * 1_000_000, parsed_bytes=parsed
+        )
+        weights = plan_request(model, *LARGEST).memory.vision_weights
+        assert weights / 1e6 == pytest.approx(measured, rel=0.15)
+
+
 def test_turns_need_less_memory() -> None:
     together = plan_request(model_sizes(), *LARGEST).memory
     turns = plan_request(model_sizes(), *LARGEST, RequestSettings(residency="in-turns")).memory

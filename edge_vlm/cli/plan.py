@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("raspberry-pi-5-8gb", "raspberry-pi-5-4gb", "jetson-orin-nano-8gb", "laptop-4core")
 KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
-VISION = ("fp32", "fp16", "int8")
-DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+VISION = ("fp32", "fp16", "int8", "int8-static", "int4")
+DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
 
 
 @click.command("plan")
