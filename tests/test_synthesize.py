@@ -18,12 +18,14 @@ from edge_vlm_export.cli import group
 from edge_vlm_export.config import read_settings
 from edge_vlm_export.layout import check_tensors
 from edge_vlm_export.synthesize import config_folder, synthesize, tensor_shapes
+from edge_vlm_export.synthetic_bundle import cached_synthetic_bundle, synthetic_bundle
 from edge_vlm_export.synthetic_tokenizer import TEXT_TOKENS, tokenizer_files
 from edge_vlm_export.tokenizer import read_tokenizer
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from edge_vlm import EdgeVLM, MachineSettings
+from edge_vlm.bundle import Bundle
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm.released import DECODER, IMAGE_PROCESSOR
 from tests.conftest import GOLDEN, GOLDEN_NAMES
@@ -190,3 +192,33 @@ def test_without_a_tokenizer_one_is_made_up(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(out, read_settings(out))
     assert tokenizer.bos == 700
     assert tokenizer.special["<im_start>"] == 768
+
+
+def test_a_random_bundle_of_a_recipe_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_VLM_CACHE", str(tmp_path / "cache"))
+    stages: list[str] = []
+    out = cached_synthetic_bundle("demo", "best", progress=lambda stage, *_: stages.append(stage))
+    manifest = Bundle.open(out).manifest
+    assert out.is_relative_to(tmp_path / "cache")
+    assert manifest.model.name == "random-demo"
+    assert (manifest.vision.precision, manifest.decoder.precision) == ("fp32", "q8_0")
+    assert stages[0] == "weights"
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no checkpoint is left
+    stages.clear()
+    assert cached_synthetic_bundle("demo", "best") == out
+    assert stages == []
+    for config, recipe in (("elsewhere", "best"), ("demo", "../best"), ("demo", "toaster")):
+        with pytest.raises(InputError):
+            cached_synthetic_bundle(config, recipe)
+
+
+def test_a_stopped_bundle_leaves_nothing(tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "decoder":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthetic_bundle("demo", "best", tmp_path / "bundle", progress=stop)
+    assert list(tmp_path.iterdir()) == []

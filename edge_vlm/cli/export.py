@@ -16,6 +16,18 @@ DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16",
 TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
 
 
+def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Make a recipe's choices the defaults; what is given explicitly still wins."""
+    if value is None:
+        return
+    from edge_vlm_export.recipes import listing, read_recipe
+
+    if value == "list":
+        click.echo(listing())
+        ctx.exit()
+    ctx.default_map = {**(ctx.default_map or {}), **read_recipe(value).options()}
+
+
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -57,6 +69,15 @@ TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32
     "--decoder-embedding",
     type=click.Choice(TENSORS),
     help="Type of the token table; by default the mixture's main type.",
+)
+@click.option(
+    "--recipe",
+    callback=_recipe,
+    is_eager=True,
+    expose_value=False,
+    metavar="NAME|FILE|list",
+    help="Choose the other options for a device: pi-4gb, pi-8gb, jetson-orin-nano, laptop, best, or"
+    " a .toml file. `list` shows what they choose and why.",
 )
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option(
