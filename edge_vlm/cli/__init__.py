@@ -24,6 +24,7 @@ _COMMANDS = {
     "plan": "Show how a picture is tiled and what it costs, without running a model.",
     "tiles": "Draw how a picture is cut into tiles.",
     "use": "Choose the model that is used when none is named.",
+    "watch": "Answer about each new picture of a folder, a camera or a command.",
 }
 
 

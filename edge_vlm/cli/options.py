@@ -121,6 +121,39 @@ def no_cache_option(function: F) -> F:
     )(function)
 
 
+def answer_options(function: F) -> F:
+    """How questions are answered, and with how much of the machine."""
+    for option in (
+        click.option(
+            "--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS)."
+        ),
+        kv_budget_option,
+        max_tiles_option,
+        click.option(
+            "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable."
+        ),
+        click.option(
+            "--min-p",
+            type=click.FloatRange(0, 1),
+            help="Drop tokens less likely than this fraction of the likeliest (default 0: off).",
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (default 1: off)."
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, 100),
+            help="Randomness; 0, the default, always takes the likeliest token.",
+        ),
+        click.option(
+            "--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512)."
+        ),
+        click.option("--system", metavar="TEXT", help="System message before the conversation."),
+    ):
+        function = option(function)
+    return function
+
+
 def json_option(function: F) -> F:
     """``--json``."""
     return click.option(
