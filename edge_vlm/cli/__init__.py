@@ -23,6 +23,7 @@ _COMMANDS = {
     "info": "Show what a bundle is and whether its files are intact.",
     "plan": "Show how a picture is tiled and what it costs, without running a model.",
     "tiles": "Draw how a picture is cut into tiles.",
+    "verify": "Check a bundle, also against the checkpoint it was made from.",
     "use": "Choose the model that is used when none is named.",
     "watch": "Answer about each new picture of a folder, a camera or a command.",
 }

@@ -133,11 +133,7 @@ def command(
     edge-vlm export ./jina-vlm --out ./jina-vlm-bundle
     """
     del verbose  # main() looks for it
-    missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
-    if missing:
-        raise click.UsageError(
-            f"export needs {', '.join(missing)}; install with: pip install 'edge-vlm[export]'"
-        )
+    require_extra("export")
     from edge_vlm_export import export_checkpoint
     from edge_vlm_export.hub import HubName, fetch, parse_source
     from edge_vlm_export.staging import check_target
@@ -170,3 +166,16 @@ def command(
         )
     size = sum(path.stat().st_size for path in written.iterdir())
     click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)
+
+
+def require_extra(what: str) -> None:
+    """Refuse to go on without the libraries of the export extra.
+
+    Raises:
+        click.UsageError: one is missing.
+    """
+    missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
+    if missing:
+        raise click.UsageError(
+            f"{what} needs {', '.join(missing)}; install with: pip install 'edge-vlm[export]'"
+        )

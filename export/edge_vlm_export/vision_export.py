@@ -86,19 +86,41 @@ class VisionExport:
             external_bytes=limit,
         )
         written.reach(written.total)
-        return list(found.files), VisionReport(
+        return list(found.files), vision_report(
+            Loss(found.cosine_mean, found.cosine_worst, found.error_mean, found.error_worst),
             n_tiles=found.n_tiles,
-            cosine_mean=_cosine(found.cosine_mean),
-            cosine_worst=_cosine(found.cosine_worst),
-            error_mean=float(found.error_mean),
-            error_worst=float(found.error_worst),
             min_cosine=self._min_cosine,
-            min_cosine_worst=Loss.least_worst(self._min_cosine),
             n_bytes=found.n_bytes,
-            bits_per_weight=found.bits_per_weight,
+            n_weights=found.n_weights,
             n_products=len(found.products),
             kept=found.kept,
         )
+
+
+def vision_report(
+    found: Loss,
+    *,
+    n_tiles: int,
+    min_cosine: float,
+    n_bytes: int,
+    n_weights: int,
+    n_products: int,
+    kept: tuple[str, ...],
+) -> VisionReport:
+    """What was measured, in the form of the manifest."""
+    return VisionReport(
+        n_tiles=n_tiles,
+        cosine_mean=_cosine(found.cosine_mean),
+        cosine_worst=_cosine(found.cosine_worst),
+        error_mean=float(found.error_mean),
+        error_worst=float(found.error_worst),
+        min_cosine=min_cosine,
+        min_cosine_worst=Loss.least_worst(min_cosine),
+        n_bytes=n_bytes,
+        bits_per_weight=8 * n_bytes / n_weights,
+        n_products=n_products,
+        kept=kept,
+    )
 
 
 def _cosine(value: float) -> float:

@@ -249,6 +249,23 @@ def _patch_row(checkpoint: Checkpoint, settings: Settings, special: Mapping[str,
     return decoder_rows(checkpoint, settings.text.vocab_size, [special["<im_patch>"]])
 
 
+def measure_file(
+    tower: Tower,
+    special: Mapping[str, int],
+    path: Path,
+    tiles: CalibrationTiles,
+    progress: Progress = lambda done, total: None,
+) -> Loss:
+    """Compare a written file with full precision.
+
+    Raises:
+        EdgeVLMError: onnxruntime refuses it.
+    """
+    steps = _Steps(len(tower.stages), progress)
+    exact = tower.features(Recipe(target="cpu"), tiles, steps)
+    return _measure(path, tiles, exact, _patch_row(tower.checkpoint, tower.settings, special), None)
+
+
 def _measure(
     path: Path, tiles: CalibrationTiles, exact: Float32, row: Float32, batch: int | None
 ) -> Loss:
