@@ -110,6 +110,7 @@ def machine(features: str = "", **changes: Any) -> Machine:
         (GRAVITON_3, NATIVE_PI_5, ["MATMUL_INT8"]),
         (M2, MACBOOK, []),
         (PI_5, ORANGE_PI_2024, ["DOTPROD"]),
+        (GRAVITON_3, ORANGE_PI_2024, ["DOTPROD", "MATMUL_INT8"]),
         (HASWELL, RTX_5090, []),
         (SAPPHIRE_RAPIDS, RTX_5090, ["AVX512", "AVX512_VNNI", "AVX_VNNI"]),
         (SAPPHIRE_RAPIDS, XEON, []),
