@@ -45,7 +45,7 @@ class Answer:
 
     answer: str
     token_ids: tuple[int, ...]  # as generated, without the stop token
-    finish_reason: str  # "stop", or "length": max_tokens or the KV budget was reached
+    finish_reason: str  # "stop", "length" (max_tokens or the KV budget was reached) or "cancelled"
     prompt_tokens: int  # positions of the prompt, image tokens included
     cached_tokens: int  # of them, those an earlier turn left in the KV cache, or kept on disk
     restored_tokens: int  # of those, the ones that came from disk
@@ -56,10 +56,17 @@ class Answer:
     timings: Timings
     kv_bytes: int  # allocated for the KV cache
     peak_rss_bytes: int  # of this process so far
+    parsed: Any = None  # with a schema: the value, or an instance of the pydantic model
+    choices: dict[str, float] | None = None  # with choices: the probability of each
 
     def __str__(self) -> str:
         return self.answer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``json.dumps``."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(dataclasses.replace(self, parsed=None))
+        if self.parsed is not None:
+            from pydantic_core import to_jsonable_python
+
+            data["parsed"] = to_jsonable_python(self.parsed)
+        return data

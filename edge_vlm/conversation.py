@@ -9,17 +9,21 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from edge_vlm.answer import Answer, Progress, Timings
 from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
+from edge_vlm.choices import log_probabilities
 from edge_vlm.decoder import Context, Decoder, Sampler
-from edge_vlm.errors import DecoderError
+from edge_vlm.errors import BudgetError, Cancelled, DecoderError, PromptError
+from edge_vlm.guide import Guide
 from edge_vlm.machine import MachineSettings
 from edge_vlm.memory import peak_rss_bytes
-from edge_vlm.messages import Message, Text, check_messages, images_of
+from edge_vlm.messages import ImagePart, Message, Text, check_messages, images_of
 from edge_vlm.options import AskOptions
 from edge_vlm.picture import Crops, Picture, encode_pictures, open_picture
 from edge_vlm.plan import budget_positions, check_budget, limit_tiles
@@ -56,7 +60,17 @@ class _State:
     pictures: tuple[Picture, ...] = ()
     text: str = ""  # of the prompt and the answers, as rendered and generated
     ids: tuple[int, ...] = ()  # one an input position; -1 - i for picture i
-    n_cached: int = 0  # of them, those in the KV cache
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What the model said: its text as generated, the space in front included."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+    n_computed: int  # tokens that took time to decode
+    probabilities: dict[str, float] | None = None
 
 
 @dataclass
@@ -73,6 +87,8 @@ class Conversation:
         self._engine = engine
         self._context: Context | None = None
         self._state = _State()
+        self._earlier: list[_State] = []  # before each of the turns
+        self._resident: tuple[int | bytes, ...] = ()  # what the KV cache holds, see _identity
         self._busy = False
 
     @property
@@ -86,8 +102,15 @@ class Conversation:
         options: AskOptions,
         progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        *,
+        keep_partial: bool = False,
+        after: _State | None = None,
     ) -> Iterator[str | Answer]:
         """Add messages and answer them: yields pieces of text, at last the ``Answer``.
+
+        With ``keep_partial``, an answer that is cancelled after its first token is kept as it is,
+        with "cancelled" as its finish reason. ``after`` is the state to go on from, by default the
+        present one.
 
         Raises:
             InputError: the request is invalid or too large; nothing was computed.
@@ -98,7 +121,10 @@ class Conversation:
             raise DecoderError("this conversation is already answering; finish or close that first")
         self._busy = True
         try:
-            yield from self._turn(new, options, progress or _ignore, cancel)
+            old = after or self._state
+            yield from self._turn(old, new, options, progress or _ignore, cancel, keep_partial)
+            if after is None:
+                self._earlier.append(old)
         finally:
             self._busy = False
             if self._engine.store:
@@ -109,28 +135,123 @@ class Conversation:
         if self._context:
             self._context.close()
         self._context = None
-        self._state = _State()
+        self._resident = ()
+        self.restart()
+
+    def restart(self, messages: Sequence[Message] = (), *, max_tiles: int | None = None) -> None:
+        """Begin again, with turns that were had elsewhere; what is cached is used where it fits.
+
+        Raises:
+            InputError: one of their pictures cannot be read; nothing changed.
+        """
+        pictures = self._open_pictures(messages, max_tiles)
+        self._state = _State(messages=tuple(messages), pictures=pictures)
+        self._earlier = []
+
+    def undo(self) -> tuple[Message, ...]:
+        """Take the last turn back and return its messages; none if there was none."""
+        before = self._before_last()
+        if before is None:
+            return ()
+        taken = self._state.messages[len(before.messages) :]
+        self._state = before
+        self._earlier = self._earlier[:-1]
+        return taken
+
+    def retry(
+        self,
+        options: AskOptions,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        *,
+        keep_partial: bool = False,
+    ) -> Iterator[str | Answer]:
+        """Answer the last question again, as ``turn``; until that is done the old answer stays.
+
+        Raises:
+            PromptError: there was none.
+        """
+        before = self._before_last()
+        if before is None:
+            raise PromptError("there is no question to answer again")
+        new = [m for m in self._state.messages[len(before.messages) :] if m.role != "assistant"]
+        return self.turn(new, options, progress, cancel, keep_partial=keep_partial, after=before)
+
+    def n_to_drop(self, new: Sequence[Message], options: AskOptions) -> int | None:
+        """How many of the oldest questions to drop so that ``new`` fits: as few as leave a quarter
+        of the context free, else as few as will do; None if no number would.
+        """
+        engine, state = self._engine, self._state
+        settings = engine.settings
+        allowed = budget_positions(engine.manifest.decoder, settings.kv_budget, settings.kv_type)
+        pictures = (*state.pictures, *self._open_pictures(new, options.max_tiles))
+        first = None
+        n_turns = sum(message.role == "user" for message in state.messages)
+        for n_dropped in range(n_turns + 1):
+            messages = _without_oldest((*state.messages, *new), n_dropped)
+            spans = engine.prompts.spans(engine.prompts.render(messages), first=True)
+            n_ids = len(_ids(spans, pictures, 0))
+            if n_ids + MIN_ANSWER_TOKENS <= allowed:
+                first = n_dropped if first is None else first
+                if n_ids <= allowed * 3 // 4:
+                    return n_dropped
+        return first
+
+    def drop_oldest(self, n_questions: int) -> tuple[ImagePart, ...]:
+        """Forget the oldest questions and their answers; their pictures move to the next question.
+
+        Returns the pictures where there is no next question: give them with the new one.
+        """
+        messages = _without_oldest(self._state.messages, n_questions)
+        left = tuple(
+            part
+            for message in self._state.messages
+            for part in message.parts
+            if isinstance(part, ImagePart)
+        )
+        kept = len(images_of(messages))
+        pictures = self._state.pictures if kept else ()
+        self._state = _State(messages=messages, pictures=pictures)
+        self._earlier = []
+        return () if kept else left
+
+    def _before_last(self) -> _State | None:
+        """The state before the last turn, which may be one that was loaded."""
+        if self._earlier:
+            return self._earlier[-1]
+        messages = self._state.messages
+        users = [i for i, message in enumerate(messages) if message.role == "user"]
+        if not users:
+            return None
+        rest = messages[: users[-1]]
+        return _State(messages=rest, pictures=self._state.pictures[: len(images_of(rest))])
 
     def _turn(
         self,
+        old: _State,
         new: Sequence[Message],
         options: AskOptions,
         progress: OnProgress,
         cancel: CancelToken | None,
+        keep_partial: bool,
     ) -> Iterator[str | Answer]:
-        engine, old = self._engine, self._state
+        engine = self._engine
         clock = _Clock()
         messages = (*old.messages, *new)
         check_messages(messages)
         processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
-        added = tuple(
-            open_picture(source, processor, engine.manifest, engine.settings, engine.tiles.model)
-            for source in images_of(new)
-        )
-        pictures = (*old.pictures, *added)
-        text, ids = self._prompt(messages, pictures)
-        n_kept = _common_prefix(ids, old.ids[: old.n_cached])
-        context, max_tokens = self._make_room(len(ids), pictures, processor, options)
+        pictures = (*old.pictures, *self._open_pictures(new, options.max_tiles))
+        text, ids = self._prompt(old, messages, pictures)
+        identity = _identity(ids, pictures)
+        n_kept = _common_prefix(identity, self._resident)
+        lead = self._lead(messages, text) if options.form or options.choices else ""
+        choices = {c: engine.decoder.tokenize(lead + c) for c in options.choices or ()}
+        wanted = max(map(len, choices.values())) if choices else options.max_tokens
+        context, max_tokens = self._make_room(len(ids), pictures, processor, wanted)
+        if choices and max_tokens < wanted:
+            raise BudgetError("the choices do not fit the KV-cache budget behind this prompt")
+        guide = self._guide(options, lead, max_tokens)
+        self._resident = identity[:n_kept]  # also if this turn is stopped
         context.truncate(n_kept)  # also what a turn that was stopped has left
 
         if cancel:
@@ -142,46 +263,30 @@ class Conversation:
         keep_at = picture_ends(ids)[-1:] if from_nothing else []
         self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
 
-        answer_ids: list[int] = []
-        raw = ""
-        finish = "length"
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        seed = secrets.randbits(32) if options.seed is None else options.seed
-        with Sampler(engine.decoder, options, seed) as sampler:
-            while len(answer_ids) < max_tokens:
-                started = time.perf_counter()
-                if cancel:
-                    cancel.check()
-                if answer_ids:
-                    context.append_tokens(answer_ids[-1:], logits=True, cancel=cancel)
-                token = sampler.sample(context)
-                clock.decode += time.perf_counter() - started  # the reader's time is not ours
-                if token in engine.manifest.tokens.stop:
-                    finish = "stop"
-                    break
-                answer_ids.append(token)
-                progress(Progress("decode", len(answer_ids), max_tokens))
-                piece = utf8.decode(engine.decoder.piece(token))
-                shown = piece if raw.strip() else piece.lstrip()
-                raw += piece
-                if shown:
-                    yield shown
-        if rest := utf8.decode(b"", final=True):
-            raw += rest
-            yield rest
+        self._resident = identity
+        if choices:
+            reply = self._pick(context, choices, lead, clock, progress, cancel)
+            yield reply.text.removeprefix(lead)
+        else:
+            generated = self._generate(
+                context, options, max_tokens, guide, lead, clock, progress, cancel, keep_partial
+            )
+            reply = yield from generated
+        is_free = guide is None and not choices
+        answer = reply.text.strip() if is_free else reply.text.removeprefix(lead)
+        parsed = options.form.parse(answer) if options.form else None
 
-        reply = Message("assistant", (Text(raw.removeprefix(" ")),))
+        self._resident = (*identity, *reply.ids)[: context.n_positions]
         self._state = _State(
-            messages=(*messages, reply),
+            messages=(*messages, Message("assistant", (Text(reply.text.removeprefix(" ")),))),
             pictures=pictures,
-            text=text + raw,
-            ids=(*ids, *answer_ids),
-            n_cached=context.n_positions,
+            text=text + reply.text,
+            ids=(*ids, *reply.ids),
         )
         yield Answer(
-            answer=raw.strip(),
-            token_ids=tuple(answer_ids),
-            finish_reason=finish,
+            answer=answer,
+            token_ids=reply.ids,
+            finish_reason=reply.finish,
             prompt_tokens=len(ids),
             cached_tokens=n_kept,
             restored_tokens=n_restored,
@@ -189,20 +294,136 @@ class Conversation:
             images=tuple(picture.use for picture in pictures),
             encoded_crops=crops.encoded,
             cached_crops=crops.cached,
-            timings=_timings(clock, engine, len(ids) - n_kept, len(answer_ids)),
+            timings=_timings(clock, engine, len(ids) - n_kept, reply.n_computed),
             kv_bytes=context.kv_bytes,
             peak_rss_bytes=peak_rss_bytes(),
+            parsed=parsed,
+            choices=reply.probabilities,
+        )
+
+    def _generate(
+        self,
+        context: Context,
+        options: AskOptions,
+        max_tokens: int,
+        guide: Guide | None,
+        lead: str,
+        clock: _Clock,
+        progress: OnProgress,
+        cancel: CancelToken | None,
+        keep_partial: bool,
+    ) -> Generator[str, None, _Reply]:
+        """Sample an answer; yields pieces of it without ``lead`` or space in front."""
+        engine = self._engine
+        ids: list[int] = []
+        raw = ""
+        finish = "length"
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        with Sampler(engine.decoder, options, seed, guide) as sampler:
+            while len(ids) < max_tokens:
+                started = time.perf_counter()
+                try:
+                    if cancel:
+                        cancel.check()
+                    if ids:
+                        context.append_tokens(ids[-1:], logits=True, cancel=cancel)
+                except Cancelled:
+                    if not (keep_partial and ids and guide is None):
+                        raise
+                    finish = "cancelled"
+                    break
+                token = sampler.sample(context)
+                clock.decode += time.perf_counter() - started  # the reader's time is not ours
+                if token in engine.manifest.tokens.stop:
+                    finish = "stop"
+                    break
+                ids.append(token)
+                progress(Progress("decode", len(ids), max_tokens))
+                piece = utf8.decode(engine.decoder.piece(token))
+                if guide:
+                    shown = (raw + piece).removeprefix(lead)[len(raw.removeprefix(lead)) :]
+                else:
+                    shown = piece if raw.strip() else piece.lstrip()
+                raw += piece
+                if shown:
+                    yield shown
+                if guide and guide.is_complete:
+                    finish = "length" if guide.was_cut else "stop"
+                    break
+        if rest := utf8.decode(b"", final=True):
+            raw += rest
+            yield rest
+        return _Reply(raw, tuple(ids), finish, len(ids))
+
+    def _pick(
+        self,
+        context: Context,
+        choices: dict[str, list[int]],
+        lead: str,
+        clock: _Clock,
+        progress: OnProgress,
+        cancel: CancelToken | None,
+    ) -> _Reply:
+        """The likeliest of some answers, each given with its ids (those of ``lead`` in front)."""
+        started = time.perf_counter()
+        manifest = self._engine.manifest
+        total = sum(map(len, choices.values()))
+        n_computed = 0
+
+        def report(done: int) -> None:
+            nonlocal n_computed
+            n_computed = done
+            progress(Progress("decode", done, total))
+
+        logs = log_probabilities(
+            context,
+            list(choices.values()),
+            manifest.tokens.stop,
+            manifest.decoder.vocab_size,
+            cancel,
+            report,
+        )
+        shares = np.exp(logs - logs.max())
+        shares /= shares.sum()
+        best = list(choices)[int(logs.argmax())]
+        clock.decode += time.perf_counter() - started
+        probabilities = dict(zip(choices, map(float, shares), strict=True))
+        return _Reply(lead + best, tuple(choices[best]), "stop", n_computed, probabilities)
+
+    def _lead(self, messages: Sequence[Message], prompt: str) -> str:
+        """The space that the template writes between the prompt and an answer."""
+        reply = Message("assistant", (Text("x"),))
+        rendered = self._engine.prompts.render([*messages, reply], generation_prompt=False).plain
+        rest = rendered.removeprefix(prompt)
+        return rest[: len(rest) - len(rest.lstrip())] if rest != rendered else ""
+
+    def _guide(self, options: AskOptions, lead: str, max_tokens: int) -> Guide | None:
+        form, decoder = options.form, self._engine.decoder
+        if form is None:
+            return None
+        stop = self._engine.manifest.tokens.stop
+        return Guide(decoder.vocabulary, form.languages, form.after(lead), stop, max_tokens)
+
+    def _open_pictures(
+        self, messages: Sequence[Message], max_tiles: int | None
+    ) -> tuple[Picture, ...]:
+        engine = self._engine
+        processor = limit_tiles(engine.manifest.image_processor, max_tiles)
+        return tuple(
+            open_picture(source, processor, engine.manifest, engine.settings, engine.tiles.model)
+            for source in images_of(messages)
         )
 
     def _prompt(
-        self, messages: Sequence[Message], pictures: Sequence[Picture]
+        self, old: _State, messages: Sequence[Message], pictures: Sequence[Picture]
     ) -> tuple[str, tuple[int, ...]]:
         """Text and ids of the whole prompt.
 
         What was generated keeps its ids: if the conversation so far is rendered to the very text
         that is cached, only the rest is tokenized.
         """
-        prompts, old = self._engine.prompts, self._state
+        prompts = self._engine.prompts
         rendered = prompts.render(messages)
         text = rendered.plain
         if old.ids and text.startswith(old.text):
@@ -216,13 +437,13 @@ class Conversation:
         n_prompt: int,
         pictures: Sequence[Picture],
         processor: ImageProcessor,
-        options: AskOptions,
+        wanted: int,
     ) -> tuple[Context, int]:
         """A context for the prompt and its answer, and the answer's largest length in it."""
         engine, settings = self._engine, self._engine.settings
         geometry = engine.manifest.decoder
         check_budget(
-            n_prompt + min(options.max_tokens, MIN_ANSWER_TOKENS),
+            n_prompt + min(wanted, MIN_ANSWER_TOKENS),
             [(p.use.size[1], p.use.size[0]) for p in pictures],
             processor,
             geometry,
@@ -230,7 +451,7 @@ class Conversation:
             settings.kv_type,
         )
         allowed = budget_positions(geometry, settings.kv_budget, settings.kv_type)
-        max_tokens = min(options.max_tokens, allowed - n_prompt)
+        max_tokens = min(wanted, allowed - n_prompt)
         if self._context is None:
             self._context = engine.decoder.context(n_prompt + max_tokens)
         else:
@@ -339,7 +560,27 @@ def _after(rendered: Rendered, n_plain: int) -> str:
     return ""
 
 
-def _common_prefix(ids: Sequence[int], cached: Sequence[int]) -> int:
+def _without_oldest(messages: Sequence[Message], n_questions: int) -> tuple[Message, ...]:
+    """Messages less the oldest questions and their answers, whose pictures move on to the next."""
+    kept = list(messages)
+    for _ in range(n_questions):
+        users = [i for i, message in enumerate(kept) if message.role == "user"]
+        if not users:
+            break
+        first, second = users[0], users[1] if len(users) > 1 else len(kept)
+        if second < len(kept):
+            moved = tuple(part for part in kept[first].parts if isinstance(part, ImagePart))
+            kept[second] = Message("user", (*moved, *kept[second].parts))
+        del kept[first:second]
+    return tuple(kept)
+
+
+def _identity(ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int | bytes, ...]:
+    """As ``ids``, but the same for the same picture whatever its number."""
+    return tuple(value if value >= 0 else pictures[-1 - value].digest for value in ids)
+
+
+def _common_prefix(ids: Sequence[int | bytes], cached: Sequence[int | bytes]) -> int:
     """Leading positions that are the same; at least one is left to compute logits from."""
     n = 0
     for new, old in zip(ids[:-1], cached, strict=False):

@@ -10,7 +10,7 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +21,7 @@ from edge_vlm.bundle import DECODER_NAME, Bundle
 from edge_vlm.cancel import CancelToken
 from edge_vlm.cost import CONTEXT_STEP
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
+from edge_vlm.guide import Guide, Vocabulary
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.options import AskOptions
 from edge_vlm.providers import gpu_layers
@@ -100,6 +101,13 @@ class Decoder:
             "batch_size": self._batch_size,
             "threads": self._threads,
         }
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of all tokens that may be generated."""
+        n = self._geometry.vocab_size
+        pieces = [self.piece(token) for token in range(n)] + [b""] * (self.n_ids - n)
+        return Vocabulary(pieces)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text: special tokens are neither recognised nor added."""
@@ -242,6 +250,11 @@ class Context:
         """
         self._append(np.ascontiguousarray(rows, np.float32), **options)
 
+    def forbid(self, ids: npt.NDArray[np.bool_]) -> None:
+        """Give those of the ids (vocabulary,) that are set a logit of minus infinity."""
+        pointer = self._api.llama_get_logits_ith(self._open(), -1)
+        np.ctypeslib.as_array(pointer, (self._decoder.n_ids,))[ids] = -np.inf
+
     def logits(self) -> Float32:
         """(vocabulary,) float32: scores of the token that follows, a copy."""
         pointer = self._api.llama_get_logits_ith(self._open(), -1)
@@ -347,10 +360,16 @@ class Context:
 
 
 class Sampler:
-    """Picks the next token from a context's logits; ids that are only read never win."""
+    """Picks the next token from a context's logits; ids that are only read never win.
 
-    def __init__(self, decoder: Decoder, options: AskOptions, seed: int) -> None:
+    With a ``guide``, only tokens of its language do.
+    """
+
+    def __init__(
+        self, decoder: Decoder, options: AskOptions, seed: int, guide: Guide | None = None
+    ) -> None:
         self._api = api = decoder._api
+        self._guide = guide
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         geometry = decoder._geometry
         n_extra = geometry.additional_vocab_size
@@ -381,7 +400,13 @@ class Sampler:
 
     def sample(self, context: Context) -> int:
         """The next token."""
-        return int(self._api.llama_sampler_sample(self._chain, context._open(), -1))
+
+        def draw() -> int:
+            return int(self._api.llama_sampler_sample(self._chain, context._open(), -1))
+
+        if self._guide is None:
+            return draw()
+        return self._guide.choose(lambda allowed: context.forbid(~allowed), draw)
 
 
 def kv_bytes(n_positions: int, decoder: Decoder) -> int:

@@ -85,6 +85,13 @@ def chosen_model() -> str | None:
     return choice
 
 
+def state_folder() -> Path:
+    """The platform's folder for what a program remembers."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir(APP))
+
+
 def embedded_bundle() -> Path:
     """The model that comes with the package."""
     package = Path(__file__).parent

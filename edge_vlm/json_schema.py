@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from edge_vlm.decimals import between
 from edge_vlm.errors import PromptError
-from edge_vlm.languages import EMPTY, EPSILON, Languages, Ranges, without
+from edge_vlm.languages import EMPTY, Languages, Ranges, without
 from edge_vlm.regex import RegexCompiler
 
 MAX_SCHEMA_BYTES = 1 << 20
@@ -29,10 +29,11 @@ _LARGEST = Fraction(10**15 - 1)  # of a number; float64 holds such whole numbers
 _FRACTION_DIGITS = 15
 _MAX_COUNT = 100_000  # of minLength, maxItems and the like
 
-_IGNORED = frozenset(
-    "$schema $id $anchor $comment $defs definitions title description default examples deprecated"
-    " readOnly writeOnly discriminator contentEncoding contentMediaType".split()
-)
+_ANNOTATIONS = """
+    $schema $id $anchor $comment $defs definitions title description default examples deprecated
+    readOnly writeOnly discriminator contentEncoding contentMediaType
+"""
+_IGNORED = frozenset(_ANNOTATIONS.split())
 _TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
 _OF_TYPE = {
     "string": "minLength maxLength pattern format",
@@ -44,7 +45,7 @@ _OF_TYPE = {
     "array": "items prefixItems minItems maxItems uniqueItems",
 }
 _COVERED = frozenset(
-    " ".join(_OF_TYPE.values()).split() + ["type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"]
+    " ".join([*_OF_TYPE.values(), "type enum const anyOf oneOf allOf $ref"]).split()
 )
 _DATE = (
     r"[12]\d{3}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)"
@@ -82,7 +83,7 @@ def schema_language(languages: Languages, schema: Any) -> int:
         try:
             language = _Compiler(languages, schema, depth).compile(schema, "schema", 0)
             break
-        except _TooLarge as error:
+        except _TooLargeError as error:
             if depth == _DEPTHS[-1]:
                 raise PromptError(f"{error}: the schema is too large") from error
     if language == EMPTY:
@@ -90,7 +91,7 @@ def schema_language(languages: Languages, schema: Any) -> int:
     return language
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     pass
 
 
@@ -109,7 +110,7 @@ class _Compiler:
     def compile(self, schema: Any, where: str, nesting: int) -> int:
         self._n_subschemas += 1
         if self._n_subschemas > _MAX_SUBSCHEMAS or nesting > _MAX_NESTING:
-            raise _TooLarge(where)
+            raise _TooLargeError(where)
         if schema is True or schema == {}:
             return self._any_value(min(self._depth, 3))
         if schema is False:
@@ -158,7 +159,7 @@ class _Compiler:
                 return self._branches(value, inside, nesting)
             if not others:
                 raise PromptError(f"{inside}: more than one schema is not supported")
-        raise PromptError(f"{where}: {keyword!r} together with {sorted(others)[0]!r} is not supported")
+        raise _clash(where, keyword, min(others))
 
     def _branches(self, schemas: Sequence[Any], where: str, nesting: int) -> int:
         """Any of the schemas; one that is not covered is left out if another remains."""
@@ -218,16 +219,16 @@ class _Compiler:
                     del self._open[reference]
         return self._done[key]
 
-    def _typed(
-        self, schema: Mapping[str, Any], active: set[str], where: str, nesting: int
-    ) -> int:
+    def _typed(self, schema: Mapping[str, Any], active: set[str], where: str, nesting: int) -> int:
         types = schema.get("type")
         if types is None:
             meant = [t for t in _TYPES if active & set(_OF_TYPE[t].split())]
             types = [meant[0]]
         types = [types] if isinstance(types, str) else types
         if not isinstance(types, list) or not types or not all(t in _TYPES for t in types):
-            raise PromptError(f"{where}.type: must be one of {', '.join(_TYPES)}, or a list of them")
+            raise PromptError(
+                f"{where}.type: must be one of {', '.join(_TYPES)}, or a list of them"
+            )
         build: dict[str, Callable[[Mapping[str, Any], str, int], int]] = {
             "string": self._string,
             "number": self._number,
@@ -268,7 +269,7 @@ class _Compiler:
         pattern = schema.get("pattern")
         name = schema.get("format")
         if sum((pattern is not None, name is not None and _FORMATS.get(name, "") is not None)) > 1:
-            raise PromptError(f"{where}: 'pattern' together with 'format' is not supported")
+            raise _clash(where, "pattern", "format")
         if name is not None:
             if name not in _FORMATS:
                 known = ", ".join(sorted(_FORMATS))
@@ -280,7 +281,7 @@ class _Compiler:
         if not isinstance(pattern, str):
             raise PromptError(f"{where}.pattern: must be a string")
         if counted:
-            raise PromptError(f"{where}: 'minLength' or 'maxLength' together with 'pattern' is not supported")
+            raise _clash(where, "pattern" if name is None else "format", "minLength or maxLength")
         compiler = RegexCompiler(self._languages, self.characters, re.ASCII)
         try:
             return self._quoted(compiler.compile(pattern, search=True))
@@ -405,7 +406,7 @@ class _Compiler:
             return self._map(value, low, high)
         if low > len(set(required)) or (high is not None and high < len(properties) + len(missing)):
             keyword = "minProperties" if low > len(set(required)) else "maxProperties"
-            raise PromptError(f"{where}: {keyword!r} together with 'properties' is not supported")
+            raise _clash(where, keyword, "properties")
         members = [
             (name, self.compile(value, f"{where}.properties.{name}", nesting + 1), name in required)
             for name, value in properties.items()
@@ -431,9 +432,13 @@ class _Compiler:
     def _map(self, value: int, low: int, high: int | None) -> int:
         languages = self._languages
         member = languages.sequence([self._quoted(self._text), self._colon(), value])
-        more = languages.repeat(
-            languages.sequence([self._comma(), member]), 0, None if high is None else high - 1
-        ) if high != 0 else EMPTY
+        more = (
+            languages.repeat(
+                languages.sequence([self._comma(), member]), 0, None if high is None else high - 1
+            )
+            if high != 0
+            else EMPTY
+        )
         content = languages.sequence([member, more])
         if low == 0:
             content = languages.optional(content)
@@ -447,7 +452,9 @@ class _Compiler:
 
     def _separator(self, mark: bytes) -> int:
         languages = self._languages
-        return languages.sequence([languages.literal(mark), languages.optional(languages.literal(b" "))])
+        return languages.sequence(
+            [languages.literal(mark), languages.optional(languages.literal(b" "))]
+        )
 
     def _counts(
         self, schema: Mapping[str, Any], low_name: str, high_name: str, where: str
@@ -462,6 +469,10 @@ class _Compiler:
         if high is not None and high < low:
             raise PromptError(f"{where}.{high_name}: is less than {low_name}")
         return low, high
+
+
+def _clash(where: str, first: str, second: str) -> PromptError:
+    return PromptError(f"{where}: {first!r} together with {second!r} is not supported")
 
 
 def _is_of_type(value: Any, name: Any) -> bool:
@@ -495,6 +506,9 @@ def _disjoint(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 def _types_of(schema: Mapping[str, Any]) -> set[str]:
     types = schema.get("type", _TYPES)
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if values:
+        types = [t for t in _TYPES if any(_is_of_type(value, t) for value in values)]
     return {types} if isinstance(types, str) else set(types)
 
 

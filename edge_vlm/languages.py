@@ -30,7 +30,7 @@ _SURROGATES = (0xD800, 0xDFFF)
 
 
 class Languages:
-    """A table of expressions. Building is for one thread, ``row`` for any."""
+    """A table of expressions. Build while holding ``lock`` where others may read."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[int, ...]] = [(-1,), (-2,)]
@@ -42,7 +42,7 @@ class Languages:
             EMPTY: np.zeros(256, np.int32),
             EPSILON: np.zeros(256, np.int32),
         }
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # for building while others read
 
     def one_of(self, mask: int) -> int:
         """One byte: bit b of ``mask`` is set for byte b."""
@@ -115,9 +115,7 @@ class Languages:
             for sets in _utf8_sets(low, high):
                 tail = self.sequence([self.one_of(mask) for mask in sets[1:]])
                 by_tail[tail] = by_tail.get(tail, 0) | sets[0]
-        return self.either(
-            self._then(self.one_of(lead), tail) for tail, lead in by_tail.items()
-        )
+        return self.either(self._then(self.one_of(lead), tail) for tail, lead in by_tail.items())
 
     def matches_empty(self, node: int) -> bool:
         """Whether the text may end here."""
@@ -155,7 +153,7 @@ class Languages:
         """
         found = self._rows.get(node)
         if found is None:
-            with self._lock:
+            with self.lock:
                 found = self._derive(node)
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +56,8 @@ def images_of(messages: Sequence[Message]) -> list[Any]:
     ]
 
 
-def parse_messages(data: Any) -> list[Message]:
-    """Read a list of messages in OpenAI's form.
+def parse_messages(data: Any, *, answered: bool = False) -> list[Message]:
+    """Read a list of messages in OpenAI's form; ``answered`` ones may end with an answer.
 
     ``content`` is a string or a list of ``{"type": "text", "text": ...}`` and
     ``{"type": "image_url", "image_url": {"url": ...}}``; a plain ``{"type": "image", "image":
@@ -72,11 +74,21 @@ def parse_messages(data: Any) -> list[Message]:
     if len(data) > MAX_MESSAGES:
         raise PromptError(f"messages: there are {len(data)}, at most {MAX_MESSAGES} are taken")
     messages = [_message(item, f"messages[{index}]") for index, item in enumerate(data)]
-    check_messages(messages)
+    check_messages(messages, answered=answered)
     return messages
 
 
-def check_messages(messages: Sequence[Message]) -> None:
+def openai_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What ``parse_messages`` reads; pictures that are not paths or URLs go in as data: URLs."""
+    return [
+        {"role": message.role, "content": message.text}
+        if message.role != "user"
+        else {"role": message.role, "content": [_openai_part(part) for part in message.parts]}
+        for message in messages
+    ]
+
+
+def check_messages(messages: Sequence[Message], *, answered: bool = False) -> None:
     """Check what no single message shows.
 
     Raises:
@@ -88,8 +100,23 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise PromptError(f"messages: more than {MAX_IMAGES} images in one conversation")
     if sum(len(message.text) for message in messages) > MAX_TEXT_CHARS:
         raise PromptError(f"messages: more than {MAX_TEXT_CHARS} characters of text")
-    if messages[-1].role == "assistant":
+    if messages[-1].role == "assistant" and not answered:
         raise PromptError("messages: the last one is the assistant's; there is nothing to answer")
+
+
+def _openai_part(part: Text | ImagePart) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    source = part.source
+    if isinstance(source, bytes | bytearray | memoryview):
+        url = f"data:image/*;base64,{base64.b64encode(source).decode()}"
+    elif isinstance(source, str) and source.startswith("data:"):
+        url = source
+    elif isinstance(source, str | os.PathLike):
+        url = os.path.abspath(os.fspath(source))
+    else:
+        raise PromptError("messages: a picture given as an object cannot be written to a file")
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _message(data: Any, where: str) -> Message:

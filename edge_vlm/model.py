@@ -247,14 +247,66 @@ class Chat(_Closing):
         *,
         progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
+        keep_partial: bool = False,
         **options: Any,
     ) -> Stream:
-        """As ``ask``, piece by piece."""
+        """As ``ask``, piece by piece.
+
+        With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
+        """
         wanted = _options({**self._options, **options})
+        new = self._new(question, images, wanted)
+        turn = self._conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def retry(
+        self,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Any,
+    ) -> Stream:
+        """Answer the last question again, piece by piece; the old answer goes when that is done.
+
+        Raises:
+            PromptError: there is none.
+        """
+        wanted = _options({**self._options, **options})
+        turn = self._conversation.retry(wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def undo(self) -> tuple[Message, ...]:
+        """Take the last question and its answer back, and return them."""
+        return self._conversation.undo()
+
+    def restart(self, messages: Any = ()) -> None:
+        """Begin again, with the answered questions in ``messages`` (OpenAI's form) if given.
+
+        Raises:
+            InputError: the messages or one of their pictures cannot be read; nothing changed.
+        """
+        parsed = parse_messages(messages, answered=True) if messages else []
+        wanted = _options(self._options)
+        self._conversation.restart(parsed, max_tiles=wanted.max_tiles)
+
+    def n_to_drop(self, question: str, images: Any = (), **options: Any) -> int | None:
+        """How many of the oldest questions to drop for this one; None if all would not do."""
+        wanted = _options({**self._options, **options})
+        return self._conversation.n_to_drop(self._new(question, images, wanted), wanted)
+
+    def drop_oldest(self, n_questions: int) -> list[Any]:
+        """Forget the oldest questions and their answers; their pictures stay.
+
+        Returns the pictures if no question is left that could carry them.
+        """
+        return [part.source for part in self._conversation.drop_oldest(n_questions)]
+
+    def _new(self, question: str, images: Any, wanted: AskOptions) -> list[Message]:
         new = [_user(images, question)]
         if wanted.system is not None and not self._conversation.messages:
             new = [Message("system", (Text(wanted.system),)), *new]
-        return Stream(self._conversation.turn(new, wanted, progress, cancel))
+        return new
 
     @property
     def messages(self) -> tuple[Message, ...]:

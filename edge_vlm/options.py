@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import PromptError
+
+if TYPE_CHECKING:
+    from edge_vlm.structure import Form
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -25,6 +30,11 @@ class AskOptions:
     seed: int | None = None  # of the sampler; None draws one
     max_tiles: int | None = None  # crops besides the thumbnail; None for the model's maximum
     system: str | None = None  # a system message in front of the conversation
+    # What the answer must be; at most one of them.
+    schema: Any = None  # JSON Schema as plain data, or a pydantic model or other type
+    choices: Sequence[str] | None = None  # one of these, with the probability of each
+    regex: str | None = None  # a full match of this pattern of Python's re
+    form: Form | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, 1 << 20)
@@ -37,6 +47,15 @@ class AskOptions:
             _check("max_tiles", self.max_tiles, 1, 1024)
         if self.system is not None and not isinstance(self.system, str):
             raise PromptError("system: must be a string")
+        wanted = [n for n in ("schema", "choices", "regex") if getattr(self, n) is not None]
+        if len(wanted) > 1:
+            raise PromptError(f"{wanted[0]} and {wanted[1]}: give one of them")
+        if wanted:
+            from edge_vlm.structure import check_choices, form_of
+
+            if self.choices is not None:
+                object.__setattr__(self, "choices", check_choices(self.choices))
+            object.__setattr__(self, "form", form_of(self.schema, self.regex))
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

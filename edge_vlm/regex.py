@@ -71,7 +71,8 @@ class RegexCompiler:
             raise PromptError(f"is not a valid regular expression ({error})") from error
         except (OverflowError, RecursionError) as error:
             raise PromptError("is too deep or counts too far") from error
-        items, flags = list(parsed), parsed.state.flags
+        items: list[Any] = list(parsed)  # type: ignore[call-overload]
+        flags = parsed.state.flags
         if not search:
             return self._sequence(items, flags, True, True)
         free = self._languages.repeat(self._encode([(0, 0x10FFFF)]), 0, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -29,11 +28,10 @@ class Form:
         self.languages = languages
         self._language = language
         self._parse = parse
-        self._lock = threading.Lock()
 
     def after(self, lead: str) -> int:
         """The expression of an answer that begins with ``lead``."""
-        with self._lock:
+        with self.languages.lock:
             parts = [self.languages.literal(lead.encode()), self._language]
             return self.languages.sequence(parts)
 
@@ -55,6 +53,8 @@ def form_of(schema: Any, regex: str | None) -> Form | None:
     if schema is not None:
         if isinstance(schema, Mapping | bool):
             return Form(*_schema(_canonical(schema)), json.loads)
+        if isinstance(schema, str | bytes | int | float | Sequence):
+            raise PromptError("schema: must be an object, true or false")
         return _typed_form(schema)
     if regex is not None:
         if not isinstance(regex, str):

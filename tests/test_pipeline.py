@@ -195,7 +195,7 @@ def test_json_form_has_every_counter(load: Load, golden: dict[str, Any]) -> None
     assert set(data) == {
         *("answer", "token_ids", "finish_reason", "prompt_tokens", "cached_tokens"),
         *("restored_tokens", "image_tokens", "images", "encoded_crops", "cached_crops"),
-        *("timings", "kv_bytes", "peak_rss_bytes"),
+        *("timings", "kv_bytes", "peak_rss_bytes", "parsed", "choices"),
     }
     assert set(data["images"][0]) == {"size", "resized", "tiling", "crops", "reduced"}
     assert data["kv_bytes"] == 256 * load(case.model).manifest.decoder.kv_bytes_per_token(4.0)

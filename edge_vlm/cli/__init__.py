@@ -17,6 +17,7 @@ from edge_vlm.errors import EdgeVLMError
 _COMMANDS = {
     "ask": "Answer a question about pictures.",
     "cache": "Show, clear or find what is kept on disk of pictures.",
+    "chat": "Talk about pictures, one question after another.",
     "completion": "Print the script that completes edge-vlm's commands in a shell.",
     "doctor": "Show what this machine is and what would make it faster.",
     "export": "Turn a jina-vlm checkpoint into a bundle.",

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
+    answer_options,
     hardware_options,
     image_options,
     json_option,
-    kv_budget_option,
-    max_tiles_option,
     model_option,
     no_cache_option,
     verbose_option,
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from edge_vlm.answer import Answer
     from edge_vlm.machine import MachineSettings
 
-MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
-
 
 @click.command("ask")
 @click.argument("words", nargs=-1, metavar="IMAGE... QUESTION")
@@ -33,25 +30,21 @@ MAX_MESSAGES_BYTES = 512 << 20  # pictures may be inside, as data: URLs
 @click.option(
     "--messages",
     metavar="FILE.json",
-    help="Answer a whole conversation in OpenAI's form instead ('-' reads stdin).",
+    help="Answer a whole conversation in OpenAI's form instead ('-' reads stdin); a QUESTION"
+    " continues it.",
 )
-@click.option("--system", metavar="TEXT", help="System message in front of the conversation.")
-@click.option("--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512).")
 @click.option(
-    "--temperature",
-    type=click.FloatRange(0, 100),
-    help="Randomness; 0, the default, always takes the likeliest token.",
+    "--schema", metavar="FILE.json", help="Answer in JSON that is valid under this JSON Schema."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling (default 1: off).")
 @click.option(
-    "--min-p",
-    type=click.FloatRange(0, 1),
-    help="Drop tokens less likely than this fraction of the likeliest (default 0: off).",
+    "--choices",
+    metavar="A,B,...",
+    help="Answer with the likeliest of these; --json and -v give the probability of each.",
 )
-@click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable.")
-@max_tiles_option
-@kv_budget_option
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS).")
+@click.option(
+    "--regex", metavar="PATTERN", help="Answer with a full match of this regular expression."
+)
+@answer_options
 @hardware_options
 @image_options
 @no_cache_option
@@ -85,6 +78,7 @@ def command(
     request = _request(words, messages)
     from edge_vlm.cli.models import pick_model
     from edge_vlm.machine import MachineSettings
+    from edge_vlm.options import AskOptions
 
     settings = MachineSettings.from_environment(
         kv_budget=kv_budget,
@@ -96,7 +90,16 @@ def command(
     )
     if no_cache:
         settings = settings.without_cache()
-    request |= {name: value for name, value in options.items() if value is not None}
+    wanted = {name: value for name, value in options.items() if value is not None}
+    if "schema" in wanted:
+        from edge_vlm.json_schema import MAX_SCHEMA_BYTES
+        from edge_vlm.transcript import read_json
+
+        wanted["schema"] = read_json(wanted["schema"], MAX_SCHEMA_BYTES)
+    if "choices" in wanted:
+        wanted["choices"] = [choice.strip() for choice in wanted["choices"].split(",")]
+    AskOptions(**wanted)  # says what is wrong before a model is loaded
+    request |= wanted
     answer = _run(pick_model(model), settings, request, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
@@ -109,9 +112,16 @@ def command(
 def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
     """Arguments for ``EdgeVLM.stream``."""
     if messages is not None:
-        if words:
+        if len(words) > 1:
             raise click.UsageError("--messages replaces images and question; give one or the other")
-        return {"messages": _read_messages(messages)}
+        from edge_vlm.transcript import MAX_BYTES, read_json
+
+        talk = read_json(messages, MAX_BYTES)
+        if words:
+            talk = talk.get("messages") if isinstance(talk, dict) else talk
+            following = {"role": "user", "content": words[0]}
+            talk = [*talk, following] if isinstance(talk, list) else talk
+        return {"messages": talk}
     if not words:
         raise click.UsageError("no question; see 'edge-vlm ask --help'")
     *images, question = words
@@ -127,24 +137,6 @@ def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
 
         sources[images.index("-")] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     return {"images": sources, "question": question}
-
-
-def _read_messages(name: str) -> Any:
-    try:
-        if name == "-":
-            text = sys.stdin.buffer.read(MAX_MESSAGES_BYTES + 1)
-        else:
-            if not Path(name).is_file():
-                raise click.UsageError(f"{name}: no such file")
-            with open(name, "rb") as file:
-                text = file.read(MAX_MESSAGES_BYTES + 1)
-        if len(text) > MAX_MESSAGES_BYTES:
-            raise click.UsageError(f"{name}: is larger than {MAX_MESSAGES_BYTES >> 20} MiB")
-        return json.loads(text)
-    except OSError as error:
-        raise click.UsageError(f"{name}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"{name}: is not valid JSON ({error})") from error
 
 
 def _run(
@@ -187,6 +179,8 @@ def _work(
 
 
 def _report(answer: Answer) -> None:
+    for choice, probability in (answer.choices or {}).items():
+        click.echo(f"{probability:.4f} {choice}", err=True)
     for image in answer.images:
         size = f"{image.size[0]}x{image.size[1]}"
         reduced = ", reduced" if image.reduced else ""

@@ -7,8 +7,10 @@ while the main thread waits for its events.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -22,7 +24,29 @@ _PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # on Windows, a wait without end would hold back Ctrl-C
 
 
-def run_interruptibly(work: Callable[[CancelToken, Emit], None]) -> Iterator[tuple[str, Any]]:
+@contextlib.contextmanager
+def stopping(cancel: CancelToken) -> Iterator[None]:
+    """Let the first Ctrl-C set ``cancel`` and do nothing else; a second one is as usual."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual in (signal.SIG_IGN, None):  # a background job, or a handler that is not Python's
+        yield
+        return
+
+    def on_interrupt(*_: object) -> None:
+        if cancel.is_set:
+            raise KeyboardInterrupt
+        cancel.set()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def run_interruptibly(
+    work: Callable[[CancelToken, Emit], None], cancel: CancelToken | None = None
+) -> Iterator[tuple[str, Any]]:
     """Run ``work(cancel, emit)`` in a thread and yield what it emits.
 
     Ctrl-C, or closing the generator, sets ``cancel`` and gives the work a second to end; if it
@@ -30,7 +54,7 @@ def run_interruptibly(work: Callable[[CancelToken, Emit], None]) -> Iterator[tup
     raises is raised here.
     """
     events: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
-    cancel = CancelToken()
+    cancel = cancel or CancelToken()
     failure: list[BaseException] = []
 
     def run() -> None:
