@@ -155,9 +155,12 @@ class VisionTower:
     @cached_property
     def marker_embeddings(self) -> Float32:
         """(3, hidden_size): decoder embeddings of <im_start>, <im_col> and <im_end>."""
+        self.load()
         settings = self._bundle.manifest.image_processor
-        crops = np.zeros((0, settings.n_patches, settings.patch_values), np.float32)
-        return self._run("marker_embeddings", {"crops": crops, "is_last": np.zeros(0, bool)}, None)
+        n_crops = 1 if self._takes_one_crop else 0
+        crops = np.zeros((n_crops, settings.n_patches, settings.patch_values), np.float32)
+        feed = {"crops": crops, "is_last": np.zeros(n_crops, bool)}
+        return self._run("marker_embeddings", feed, None)
 
     def _run(self, output: str, feed: dict[str, Any], cancel: CancelToken | None) -> Float32:
         self.load()
@@ -195,7 +198,14 @@ class VisionTower:
             value.name: (value.type, list(value.shape)[1:])
             for value in (*session.get_inputs(), *session.get_outputs())
         }
+        # Engines that want fixed shapes get graphs for exactly one crop.
+        batch = next((v.shape[0] for v in session.get_inputs() if v.name == "crops"), None)
+        self._takes_one_crop = batch == 1
         markers = found.pop("marker_embeddings", None)
+        if isinstance(batch, int) and batch != 1:
+            raise BundleError(
+                f"{self._bundle.path / VISION_NAME}: takes {batch} crops at a time instead of one"
+            )
         if found != expected or markers != ("tensor(float)", [hidden]):
             raise BundleError(
                 f"{self._bundle.path / VISION_NAME}: its inputs and outputs are not those of the"

@@ -46,6 +46,11 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
     help="Layout of vision.onnx: onnxruntime's fused operators, or standard ones alone.",
 )
 @click.option(
+    "--static-shapes",
+    is_flag=True,
+    help="Fix the batch of vision.onnx to one crop, for engines without open shapes.",
+)
+@click.option(
     "--min-cosine",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.995,
@@ -106,6 +111,7 @@ def command(
     out: Path,
     vision: str,
     target: str,
+    static_shapes: bool,
     min_cosine: float,
     decoder: str,
     decoder_head: str | None,
@@ -150,6 +156,7 @@ def command(
             out,
             vision=vision,
             target=target,
+            static_shapes=static_shapes,
             min_cosine=min_cosine,
             decoder=decoder,
             decoder_head=decoder_head,

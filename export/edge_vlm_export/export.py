@@ -23,6 +23,7 @@ def export_checkpoint(
     *,
     vision: str = "int8",
     target: str = "cpu",
+    static_shapes: bool = False,
     min_cosine: float = MIN_COSINE,
     decoder: str = "q4_k_m",
     decoder_head: str | None = None,
@@ -45,6 +46,7 @@ def export_checkpoint(
         out: Folder to create; its parent has to exist.
         vision: Precision of the vision part: int8, int8-static, int4, fp16 or fp32.
         target: Layout of its graph: "cpu" with onnxruntime's fused operators, or "portable".
+        static_shapes: Fix its batch to one crop, for engines that want every shape to be a number.
         min_cosine: What its output's mean cosine has to reach; see ``vision_budget``.
         decoder: Type of the decoder's weights: f32, f16, bf16, or one of llama.cpp's mixtures
             q4_k_m, q4_0, q5_k_m, q6_k, q8_0, iq4_xs.
@@ -107,6 +109,7 @@ def export_checkpoint(
         tokenizer.special,
         precision=vision,
         target=target,
+        batch=1 if static_shapes else None,
         min_cosine=min_cosine,
         calibrate=calibrate,
         measure=measure,

@@ -16,6 +16,7 @@ from edge_vlm_export.checkpoint import Float32
 Int8 = npt.NDArray[np.int8]
 UInt8 = npt.NDArray[np.uint8]
 BLOCK_ROWS = 1 << 22  # values worked on at a time
+_TINY = np.float32(1e-30)  # smaller values count as zero: their scales would lose all precision
 # Scales tried for a block of four bits, as fractions of the one that just holds its largest value.
 _FRACTIONS = np.linspace(0.72, 1.08, 10, dtype=np.float32)
 
@@ -59,7 +60,7 @@ def pack_nibbles(values: npt.NDArray[Any]) -> UInt8:
 
 def _best_int4(blocks: Float32, weights: Float32 | None) -> tuple[Int8, Float32]:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-    full = np.where(largest == 0, 1, largest / -8).astype(np.float32)
+    full = np.where(np.abs(largest) < _TINY, 1, largest / -8).astype(np.float32)
     best_scale = full.copy()
     least = np.full(full.shape, np.inf, np.float32)
     # With -8 at the largest value; the last one has its magnitude at 7.
@@ -81,4 +82,4 @@ def _blocks(weight: Float32, block: int) -> Float32:
 
 def _positive(scale: Float32) -> Float32:
     """Rows of zeros get the scale 1."""
-    return np.where(scale > 0, scale, 1).astype(np.float32)
+    return np.where(scale > _TINY, scale, 1).astype(np.float32)

@@ -233,14 +233,14 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            for block in _values(name, shape, settings, seed):
+            for block in random_values(name, shape, settings, seed):
                 stored = block.astype(ml_dtypes.bfloat16)
                 file.write(stored.view(np.uint16).data)
                 written(stored.nbytes)
 
 
-def _values(name: str, shape: Shape, settings: Settings, seed: int) -> Iterator[Float32]:
-    """A tensor's values in order, in flat blocks."""
+def random_values(name: str, shape: Shape, settings: Settings, seed: int) -> Iterator[Float32]:
+    """The values of a tensor of that name and shape in order, in flat blocks of float32."""
     mean, std = _distribution(name, shape, settings)
     # From the name, so that a tensor does not depend on what is written before it.
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))

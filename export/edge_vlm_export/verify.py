@@ -37,10 +37,12 @@ def _verify_vision(bundle: Bundle) -> None:
     except Exception as error:
         raise EdgeVLMError(f"onnxruntime cannot load {VISION_NAME} ({error})") from error
     images, hidden = bundle.manifest.image_processor, bundle.manifest.decoder.hidden_size
+    # Fixed to one crop for engines that need it, else open.
+    n_crops = 1 if session.get_inputs()[0].shape[0] == 1 else "n_crops"
     expected = {
-        "crops": ["n_crops", images.n_patches, images.patch_values],
-        "is_last": ["n_crops"],
-        "embeddings": ["n_crops", images.tokens_per_crop, hidden],
+        "crops": [n_crops, images.n_patches, images.patch_values],
+        "is_last": [n_crops],
+        "embeddings": [n_crops, images.tokens_per_crop, hidden],
         "marker_embeddings": [3, hidden],
     }
     values = [*session.get_inputs(), *session.get_outputs()]

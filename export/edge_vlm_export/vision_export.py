@@ -37,12 +37,14 @@ class VisionExport:
         *,
         precision: str,
         target: str,
+        batch: int | None = None,
         min_cosine: float,
         calibrate: str | Path | None,
         measure: bool | None,
     ) -> None:
         self._checkpoint, self._settings, self._special = checkpoint, settings, special
         self._precision, self._target, self._min_cosine = precision, target, min_cosine
+        self._batch = batch
         self._measured = precision in QUANTIZED or bool(measure)
         self.total_bytes = largest_bytes(checkpoint, settings, special, precision)
         self._tiles = (
@@ -67,7 +69,7 @@ class VisionExport:
         limit = EXTERNAL_DATA_BYTES if external_bytes is None else external_bytes
         written = Stage("vision", self.total_bytes, progress)
         if self._tiles is None:
-            recipe = Recipe(self._precision, self._target)
+            recipe = Recipe(self._precision, self._target, self._batch)
             graph = build_vision(self._checkpoint, self._settings, self._special, recipe)
             files = write_vision(graph, path, written, limit)
             written.reach(written.total)
@@ -79,6 +81,7 @@ class VisionExport:
             path,
             precision=self._precision,
             target=self._target,
+            batch=self._batch,
             calibration=self._tiles,
             min_cosine=self._min_cosine,
             progress=Stage("fit vision", 0, progress).reach,

@@ -178,4 +178,6 @@ def session(model: bytes | str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = False  # gives memory back after each run
+    # Small runs with work of our own between them: a thread that waits must not hold a core.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
