@@ -21,6 +21,7 @@ from edge_vlm import store as store_module
 from edge_vlm.store import Entry, Store, make_key
 
 LIMIT = 1 << 20
+N_KILLS = int(os.environ.get("EDGE_VLM_TEST_KILLS", "4"))  # a fixture clears the variables
 
 
 def entry(number: int, size: int = 10_000, kind: str = "tile") -> Entry:
@@ -283,6 +284,15 @@ def test_clear_removes_everything(store: Store) -> None:
     assert holds(store, entry(1))
 
 
+def test_what_a_killed_writer_left_is_removed(store: Store) -> None:
+    write(store, entry(1))
+    left = store.folder / "new" / "tmpabc"
+    left.write_bytes(bytes(100_000))
+    assert store.info().used_bytes < 100_000
+    write(store, entry(1))
+    assert not left.exists()
+
+
 LOOP = """
 import sys, itertools
 from pathlib import Path
@@ -307,7 +317,7 @@ def test_killed_writers_leave_nothing_that_counts(folder: Path) -> None:
     limit = 1_000_000
     store = Store(folder, limit)
     rng = random.Random(0)
-    for _ in range(int(os.environ.get("EDGE_VLM_TEST_KILLS", "4"))):
+    for _ in range(N_KILLS):
         process = start_loop(folder, limit, rng.randrange(12))
         assert process.stdout
         process.stdout.readline()
