@@ -1,7 +1,8 @@
 """Accuracy on pictures never trained on: `python -m models.demo.evaluate [BUNDLE ...]`.
 
-Pictures come from the evaluation seeds and are drawn with fonts held back from training. The
-PyTorch checkpoint and any bundles answer the same questions, side by side.
+Pictures come from the evaluation seeds and are drawn with fonts held back from training. Bundles,
+and the checkpoint in PyTorch when it is asked for or there is no bundle, answer the same questions,
+side by side. Bundles alone need no PyTorch.
 """
 
 from __future__ import annotations
@@ -18,103 +19,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 
-from edge_vlm.tiling import cut_tiles
-from models.demo.batches import Preparer
-from models.demo.checkpoint import CHECKPOINT
 from models.demo.data import EVALUATION_SEEDS, MIXTURE, Picture, make_picture
 from models.demo.families.common import Question
 from models.demo.language import LANGUAGES
-from models.demo.model import JinaVlm, KeyValue
 from models.demo.questions import FAMILIES
 
 Z_95 = 1.959964
-MAX_ANSWER_TOKENS = 24
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 class Answerer(Protocol):
     """Something that answers questions about a picture."""
 
     def answer(self, picture: Picture, questions: Sequence[Question]) -> list[str]: ...
-
-
-class TorchAnswerer:
-    """The checkpoint in PyTorch, greedy, all questions of a picture at once.
-
-    Args:
-        folder: the checkpoint.
-        blank: "tiles" or "thumbnail" to make those crops black, "" for the whole picture.
-    """
-
-    def __init__(self, folder: Path, blank: str = "", device: str = "cpu") -> None:
-        self.preparer = Preparer(folder)
-        self.device = torch.device(device)
-        self.model = JinaVlm.load(folder).to(self.device)
-        self.blank = blank
-
-    @torch.no_grad()
-    def answer(self, picture: Picture, questions: Sequence[Question]) -> list[str]:
-        tiles = cut_tiles(picture.pixels, self.preparer.settings)
-        crops = torch.from_numpy(tiles.crops)
-        if self.blank == "tiles":
-            crops[1:] = -1
-        elif self.blank == "thumbnail":
-            crops[:1] = -1
-        is_last = torch.from_numpy(tiles.is_last.astype(np.float32))
-        features = self.model.vision(crops.to(self.device), is_last.to(self.device)).flatten(0, 1)
-        prefix, order = self.preparer.prefix(tiles.plan)
-        kept = torch.from_numpy(np.flatnonzero(order >= 0)).to(self.device)
-        columns = torch.from_numpy(order[order >= 0]).to(self.device)
-        ids = torch.tensor([prefix], device=self.device)
-        embeds = self.model.embed(ids, features[kept], torch.zeros_like(columns), columns)
-        positions = torch.arange(len(prefix), device=self.device)[None]
-        _, past = self.model.text(embeds, positions)
-        return self._branches(questions, len(prefix), past)
-
-    def _branches(
-        self, questions: Sequence[Question], n_prefix: int, past: list[KeyValue]
-    ) -> list[str]:
-        """Decode all questions in one row: each sees the picture and itself alone."""
-        prompts = []
-        for question in questions:
-            branch = self.preparer.branch(question)
-            prompts.append(branch.ids[: branch.n_prompt])
-        new = [token for prompt in prompts for token in prompt]
-        segment = [n for n, prompt in enumerate(prompts) for _ in prompt]
-        position = [n_prefix + k for prompt in prompts for k in range(len(prompt))]
-        last = np.cumsum([len(prompt) for prompt in prompts]) - 1
-        seen: list[int] = []
-        lengths = [n_prefix + len(prompt) for prompt in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        for _ in range(MAX_ANSWER_TOKENS):
-            seen += segment
-            of_new = torch.tensor(segment)[:, None]
-            of_all = torch.tensor(seen)[None, :]
-            order = torch.arange(len(seen))
-            own = (of_new == of_all) & (order[None, :] <= order[-len(segment) :, None])
-            picture = torch.ones(len(segment), n_prefix, dtype=torch.bool)
-            mask = torch.cat((picture, own), dim=1)[None, None].to(self.device)
-            embeds = self.model.text.embedding(torch.tensor([new], device=self.device))
-            at = torch.tensor([position], device=self.device)
-            hidden, past = self.model.text(embeds, at, mask, past)
-            best = self.model.logits(hidden[0, last]).argmax(-1).tolist()
-            for number, token in enumerate(best):
-                if number in running:
-                    if token in (self.preparer.stop_id, self.preparer.first_id):
-                        running.discard(number)
-                    else:
-                        answers[number].append(token)
-            if not running:
-                break
-            new, segment = best, list(range(len(prompts)))
-            position = lengths
-            lengths = [length + 1 for length in lengths]
-            last = np.arange(len(prompts))
-        return [self.preparer.tokenizer.decode(tokens) for tokens in answers]
 
 
 class BundleAnswerer:
@@ -179,6 +98,12 @@ class Result:
     same_as_first: Score = field(default_factory=Score)
     mistakes: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def overall(self) -> Score:
+        """All questions together."""
+        scores = self.families.values()
+        return Score(sum(s.right for s in scores), sum(s.number for s in scores))
+
     def add(self, question: Question, answer: str, first: str, kind: str) -> None:
         is_right = normal(answer) == normal(question.answer)
         self.families[question.family].add(is_right)
@@ -239,6 +164,8 @@ def print_table(results: dict[str, Result]) -> None:
             cells = [f"  {getattr(result, title)[key].text():>26}" for result in results.values()]
             print(f"{key:12}{score.number:>10}" + "".join(cells))
         print()
+    cells = [f"  {result.overall.text():>26}" for result in results.values()]
+    print(f"{'all':12}{first.overall.number:>10}" + "".join(cells))
     for name, result in list(results.items())[1:]:
         print(f"{name} answers as {next(iter(results))}: {result.same_as_first.text()}")
 
@@ -260,6 +187,7 @@ def as_json(results: dict[str, Result]) -> str:
         }
         content[name] = {
             **tables,
+            "accuracy": round(result.overall.share, 4),
             "same_as_first": round(result.same_as_first.share, 4),
             "mistakes": result.mistakes[:200],
         }
@@ -268,21 +196,25 @@ def as_json(results: dict[str, Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy on pictures never trained on.")
-    parser.add_argument("bundles", nargs="*", help="bundles to compare with the checkpoint")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("bundles", nargs="*", help="bundles to evaluate")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="?", const=CHECKPOINT, help="also this one, in PyTorch"
+    )
     parser.add_argument("--per-family", type=int, default=1000, help="questions of each family")
     parser.add_argument("--blank", nargs="*", default=[], choices=("tiles", "thumbnail"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch chooses")
+    parser.add_argument("--device", default="cpu", help="of PyTorch")
+    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: as it chooses")
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    answerers: dict[str, Answerer] = {
-        "pytorch": TorchAnswerer(options.checkpoint, "", options.device)
-    }
-    for part in options.blank:
-        answerers[f"no {part}"] = TorchAnswerer(options.checkpoint, part, options.device)
+    answerers: dict[str, Answerer] = {}
+    if options.checkpoint or options.blank or not options.bundles:
+        from models.demo.torch_answerer import TorchAnswerer, set_threads
+
+        set_threads(options.threads)
+        checkpoint = options.checkpoint or CHECKPOINT
+        answerers["pytorch"] = TorchAnswerer(checkpoint, "", options.device)
+        for part in options.blank:
+            answerers[f"no {part}"] = TorchAnswerer(checkpoint, part, options.device)
     for path in options.bundles:
         answerers[Path(path).name] = BundleAnswerer(path)
     results = evaluate(answerers, held_out(options.per_family))

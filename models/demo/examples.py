@@ -17,9 +17,10 @@ from PIL import Image
 
 from models.demo.checkpoint import CHECKPOINT
 from models.demo.data import EVALUATION_SEEDS, Picture, make_picture
-from models.demo.evaluate import TorchAnswerer, normal
+from models.demo.evaluate import normal
 from models.demo.families.common import Question
 from models.demo.language import LANGUAGES
+from models.demo.torch_answerer import TorchAnswerer
 
 EXAMPLE_SEEDS = EVALUATION_SEEDS + (1 << 30)
 KINDS = {"receipt": "receipt", "table": "table", "chart": "chart", "scene": "scene",
