@@ -19,16 +19,20 @@ from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.choices import log_probabilities
 from edge_vlm.decoder import Context, Decoder, Sampler
+from edge_vlm.engine_settings import EngineSettings
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError, PromptError
 from edge_vlm.guide import Guide
+from edge_vlm.image import load_image
+from edge_vlm.limits import tiles_within
 from edge_vlm.machine import MachineSettings
 from edge_vlm.memory import peak_rss_bytes
 from edge_vlm.messages import ImagePart, Message, Text, check_messages, images_of
 from edge_vlm.options import AskOptions
-from edge_vlm.picture import Crops, Picture, encode_pictures, open_picture
+from edge_vlm.picture import Crops, EncodedImage, Picture, encode_pictures, open_picture
 from edge_vlm.plan import budget_positions, check_budget, limit_tiles
 from edge_vlm.prefix_cache import PrefixCache, picture_ends
 from edge_vlm.prompt import PromptBuilder, Rendered, Span, TokenSpan
+from edge_vlm.speeds import Speeds
 from edge_vlm.store import Store
 from edge_vlm.tile_cache import TileCache
 from edge_vlm.vision import VisionTower
@@ -46,10 +50,13 @@ class Engine:
     prompts: PromptBuilder
     vision: VisionTower
     decoder: Decoder
+    engines: EngineSettings
+    speeds: Speeds | None  # as measured by edge-vlm tune
     tiles: TileCache
     prefixes: PrefixCache | None
     store: Store | None  # of both
-    load_seconds: float  # without the vision tower
+    load_seconds: float  # without what is loaded later
+    in_turns: bool = False  # see RESIDENCIES
 
 
 @dataclass
@@ -240,7 +247,7 @@ class Conversation:
         messages = (*old.messages, *new)
         check_messages(messages)
         processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
-        pictures = (*old.pictures, *self._open_pictures(new, options.max_tiles))
+        pictures = (*old.pictures, *self._open_pictures(new, options.max_tiles, options.within))
         text, ids = self._prompt(old, messages, pictures)
         identity = _identity(ids, pictures)
         n_kept = _common_prefix(identity, self._resident)
@@ -261,17 +268,17 @@ class Conversation:
         n_kept += n_restored
         crops = self._encode(pictures, ids[n_kept:], clock, progress, cancel)
         keep_at = picture_ends(ids)[-1:] if from_nothing else []
-        self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
-
-        self._resident = identity
-        if choices:
-            reply = self._pick(context, choices, lead, clock, progress, cancel)
-            yield reply.text.removeprefix(lead)
-        else:
-            generated = self._generate(
-                context, options, max_tokens, guide, lead, clock, progress, cancel, keep_partial
-            )
-            reply = yield from generated
+        with engine.decoder.working():
+            self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
+            self._resident = identity
+            if choices:
+                reply = self._pick(context, choices, lead, clock, progress, cancel)
+                yield reply.text.removeprefix(lead)
+            else:
+                generated = self._generate(
+                    context, options, max_tokens, guide, lead, clock, progress, cancel, keep_partial
+                )
+                reply = yield from generated
         is_free = guide is None and not choices
         answer = reply.text.strip() if is_free else reply.text.removeprefix(lead)
         parsed = options.form.parse(answer) if options.form else None
@@ -406,13 +413,33 @@ class Conversation:
         return Guide(decoder.vocabulary, form.languages, form.after(lead), stop, max_tokens)
 
     def _open_pictures(
-        self, messages: Sequence[Message], max_tiles: int | None
+        self, messages: Sequence[Message], max_tiles: int | None, within: float | None = None
     ) -> tuple[Picture, ...]:
-        engine = self._engine
-        processor = limit_tiles(engine.manifest.image_processor, max_tiles)
+        engine, settings = self._engine, self._engine.settings
+        sources: Sequence[object] = images_of(messages)
+        limits = [n for n in (max_tiles, settings.max_tiles) if n is not None]
+        if within is not None and sources:
+            limits.append(self._tiles_within(within, sources := [*map(self._read, sources)]))
+        processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
         return tuple(
-            open_picture(source, processor, engine.manifest, engine.settings, engine.tiles.model)
-            for source in images_of(messages)
+            open_picture(source, processor, engine.manifest, settings, engine.tiles.model)
+            for source in sources
+        )
+
+    def _read(self, source: object) -> object:
+        """A picture's pixels; one that is encoded stays."""
+        if isinstance(source, EncodedImage):
+            return source
+        settings = self._engine.settings
+        return load_image(
+            source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
+        )
+
+    def _tiles_within(self, seconds: float, sources: Sequence[object]) -> int:
+        engine = self._engine
+        sizes = [(one.shape[1], one.shape[0]) for one in sources if isinstance(one, np.ndarray)]
+        return tiles_within(
+            seconds, sizes, engine.manifest, engine.settings, engine.engines, engine.speeds
         )
 
     def _prompt(
@@ -482,7 +509,11 @@ class Conversation:
         wanted = {-1 - value for value in ids if value < 0}
         waiting = [picture for i, picture in enumerate(pictures) if i in wanted]
         loaded = engine.vision.load_seconds
-        crops = encode_pictures(waiting, engine.tiles, progress, cancel)
+        try:
+            crops = encode_pictures(waiting, engine.tiles, progress, cancel)
+        finally:
+            if engine.in_turns:
+                engine.vision.release()
         clock.vision = crops.seconds - (engine.vision.load_seconds - loaded)
         return crops
 
@@ -501,7 +532,7 @@ class Conversation:
 
         The first positions up to those in ``keep_at`` are kept on disk.
         """
-        started = time.perf_counter()
+        started, loaded = time.perf_counter(), self._engine.decoder.load_seconds
         position, end = n_kept, len(ids)
         progress(Progress("prefill", 0, end - n_kept))
         while position < end:
@@ -536,6 +567,7 @@ class Conversation:
                 digests = [picture.digest for picture in pictures]
                 self._engine.prefixes.keep(context, ids[:position], digests)
         clock.prefill += time.perf_counter() - started
+        clock.prefill -= self._engine.decoder.load_seconds - loaded
 
 
 def _ids(spans: Sequence[Span], pictures: Sequence[Picture], n_before: int) -> tuple[int, ...]:
@@ -592,7 +624,7 @@ def _common_prefix(ids: Sequence[int | bytes], cached: Sequence[int | bytes]) ->
 
 def _timings(clock: _Clock, engine: Engine, n_prefilled: int, n_decoded: int) -> Timings:
     return Timings(
-        load=engine.load_seconds + engine.vision.load_seconds,
+        load=engine.load_seconds + engine.vision.load_seconds + engine.decoder.load_seconds,
         vision=clock.vision,
         prefill=clock.prefill,
         decode=clock.decode,

@@ -6,10 +6,15 @@ llama-cpp-python's low-level functions mirror ``llama.h`` of the pinned release.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
+import os
 import sys
+import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
@@ -19,10 +24,12 @@ import numpy.typing as npt
 
 from edge_vlm.bundle import DECODER_NAME, Bundle
 from edge_vlm.cancel import CancelToken
-from edge_vlm.cost import CONTEXT_STEP
+from edge_vlm.cost import context_size
+from edge_vlm.engine_settings import EngineSettings, untuned
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Guide, Vocabulary
 from edge_vlm.machine import KV_TYPES
+from edge_vlm.memory import give_back_memory
 from edge_vlm.options import AskOptions
 from edge_vlm.providers import gpu_layers
 
@@ -35,6 +42,9 @@ _LOG_ERROR = 4
 class Decoder:
     """Weights, vocabulary and chat template of a bundle's ``decoder.gguf``.
 
+    With ``in_turns``, the weights are loaded when a context is used and can be released again;
+    contexts survive that.
+
     Raises:
         BundleError: llama.cpp cannot load it, or it differs from the manifest.
         InputError: a GPU was asked for, and this llama.cpp cannot use one.
@@ -43,34 +53,40 @@ class Decoder:
     def __init__(
         self,
         bundle: Bundle,
+        engines: EngineSettings | None = None,
         *,
-        threads: int,
-        batch_size: int,
-        kv_type: str,
+        kv_type: str = "f16",
         layers_on_gpu: str | int = 0,
+        in_turns: bool = False,
         logs: bool = False,
     ) -> None:
         self._path = bundle.file(DECODER_NAME)
         self._manifest = bundle.manifest
         self._geometry = bundle.manifest.decoder
-        self._threads = threads
-        self._batch_size = batch_size
+        self._engines = engines = engines or untuned()
         self._kv_type = kv_type
+        # A quantized V cache exists for flash attention alone.
+        self._flash_attention = "on" if kv_type.startswith("q") else engines.flash_attention
+        self._in_turns = in_turns
         self._closed = False
+        _import_engine(engines.spinning)
         self._api = _api()
         _set_logs(logs)
-        params = self._api.llama_model_default_params()
         self._n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
-        params.n_gpu_layers = self._n_gpu_layers
-        _recent_errors.clear()
-        self._model = self._api.llama_model_load_from_file(str(self._path).encode(), params)
-        if not self._model:
-            raise BundleError(f"{self._path}: llama.cpp cannot load it{_because()}")
-        # Freed when closed or forgotten, but never under a context, which keeps a reference.
-        self._free = weakref.finalize(self, self._api.llama_model_free, self._model)
+        self._guard = threading.RLock()
+        self._n_working = 0
+        self.load_seconds = 0.0  # of what was loaded after the vocabulary, until now
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self._vocab = self._api.llama_model_get_vocab(self._model)
-        self._check_geometry()
+        self._model: Any = None
+        # Freed when closed or forgotten, but never under a context, which keeps a reference.
+        self._free: weakref.finalize[..., Decoder] | None = None
+        if in_turns:
+            vocabulary = self._load(vocab_only=True)
+            weakref.finalize(self, self._api.llama_model_free, vocabulary)
+        else:
+            vocabulary = self._weights()
+        self._vocab = self._api.llama_model_get_vocab(vocabulary)
+        self._template = self._api.llama_model_chat_template(vocabulary, None)
 
     @property
     def n_ids(self) -> int:
@@ -84,10 +100,9 @@ class Decoder:
         Raises:
             BundleError: there is none.
         """
-        text = self._api.llama_model_chat_template(self._model, None)
-        if not text:
+        if not self._template:
             raise BundleError(f"{self._path}: has no chat template")
-        return bytes(text).decode("utf-8", "replace")
+        return bytes(self._template).decode("utf-8", "replace")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -97,9 +112,11 @@ class Decoder:
             "llama.cpp": version("llama-cpp-python"),
             "features": self._api.llama_print_system_info().decode(),
             "gpu_layers": self._n_gpu_layers,
-            "kv_type": self._kv_type,  # decides on flash attention too
-            "batch_size": self._batch_size,
-            "threads": self._threads,
+            "kv_type": self._kv_type,
+            "flash_attention": self._flash_attention,
+            "batch_size": self._engines.batch_size,
+            "threads": [self._engines.prefill_threads, self._engines.threads],
+            "repack": self._engines.repack,
         }
 
     @cached_property
@@ -108,6 +125,12 @@ class Decoder:
         n = self._geometry.vocab_size
         pieces = [self.piece(token) for token in range(n)] + [b""] * (self.n_ids - n)
         return Vocabulary(pieces)
+
+    def use(self, engines: EngineSettings) -> None:
+        """Change the settings for contexts made from now on; ``repack`` and ``mmap`` stay."""
+        self._engines = replace(engines, repack=self._engines.repack, mmap=self._engines.mmap)
+        if not self._kv_type.startswith("q"):
+            self._flash_attention = engines.flash_attention
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text: special tokens are neither recognised nor added."""
@@ -143,7 +166,61 @@ class Decoder:
         """Free the weights, or leave that to the last context that is still open."""
         self._closed = True
         if not any(context.is_open for context in self._contexts):
+            self._unload()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """``release`` does nothing meanwhile."""
+        with self._guard:
+            self._n_working += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._n_working -= 1
+
+    def release(self) -> None:
+        """Give the weights' memory back until a context needs them; contexts keep their content.
+
+        Nothing happens while a context is at work, and without ``in_turns``.
+        """
+        with self._guard:
+            if self._in_turns and not self._n_working and self._model:
+                for context in self._contexts:
+                    context._park()
+                self._unload()
+                give_back_memory()
+
+    def _unload(self) -> None:
+        if self._free:
             self._free()
+        self._free = self._model = None
+
+    def _weights(self) -> Any:
+        with self._guard:
+            if self._model is None:
+                started = time.perf_counter()
+                self._model = model = self._load(vocab_only=False)
+                self._free = weakref.finalize(self, self._api.llama_model_free, model)
+                self._check_geometry()
+                if self._in_turns:
+                    self.load_seconds += time.perf_counter() - started
+            return self._model
+
+    def _load(self, *, vocab_only: bool) -> Any:
+        api = self._api
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = self._n_gpu_layers
+        params.vocab_only = vocab_only
+        params.use_extra_bufts = self._engines.repack
+        params.load_mode = (
+            api.LLAMA_LOAD_MODE_MMAP if self._engines.mmap else api.LLAMA_LOAD_MODE_NONE
+        )
+        _recent_errors.clear()
+        model = api.llama_model_load_from_file(str(self._path).encode(), params)
+        if not model:
+            raise BundleError(f"{self._path}: llama.cpp cannot load it{_because()}")
+        return model
 
     def _check_geometry(self) -> None:
         api, model, geometry = self._api, self._model, self._geometry
@@ -154,7 +231,7 @@ class Decoder:
             "n_kv_heads": api.llama_model_n_head_kv(model),
         }
         expected: dict[str, int] = {name: getattr(geometry, name) for name in found}
-        found["vocabulary"] = self.n_ids
+        found["vocabulary"] = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         expected["vocabulary"] = geometry.vocab_size + geometry.additional_vocab_size
         for name, value in found.items():
             if value != expected[name]:
@@ -165,14 +242,22 @@ class Decoder:
 
 
 class Context:
-    """One sequence in a KV cache. Not safe for use by two threads at once."""
+    """One sequence in a KV cache. Not safe for use by two threads at once.
+
+    While its decoder's weights are released, its content is parked as bytes.
+    """
 
     def __init__(self, decoder: Decoder, n_positions: int) -> None:
         self._decoder = decoder
         self._api = decoder._api
+        self._closed = False
         self._context: Any = None
-        self._free: weakref.finalize[..., Context]
-        self._hold(self._create(n_positions))
+        self._free: weakref.finalize[..., Context] | None = None
+        self._capacity = context_size(n_positions)
+        self._parked: UInt8 | None = None
+        self._n_parked = 0
+        if not decoder._in_turns:
+            self._open()
 
     def __enter__(self) -> Context:
         return self
@@ -183,11 +268,13 @@ class Context:
     @property
     def capacity(self) -> int:
         """Positions there is room for."""
-        return int(self._api.llama_n_ctx(self._open()))
+        return self._capacity
 
     @property
     def n_positions(self) -> int:
         """Positions in use."""
+        if self._context is None:
+            return self._n_parked
         return 1 + int(self._api.llama_memory_seq_pos_max(self._memory(), 0))
 
     @property
@@ -203,12 +290,16 @@ class Context:
         """
         if n_positions <= self.capacity:
             return
+        before, self._capacity = self._capacity, context_size(n_positions)
+        if self._context is None:
+            return
         state = self.state() if self.n_positions else None
-        new = self._create(n_positions)
-        if state is not None and not self._fill(new, state):
-            self._api.llama_free(new)
-            raise DecoderError("llama.cpp could not move the KV cache to a larger context")
-        self._free()
+        try:
+            new = self._create(state)
+        except DecoderError:
+            self._capacity = before
+            raise
+        self._drop()
         self._hold(new)
 
     def state(self) -> UInt8:
@@ -218,11 +309,16 @@ class Context:
             DecoderError: llama.cpp failed.
         """
         context = self._open()
-        state = np.empty(self._api.llama_state_seq_get_size(context, 0), np.uint8)
+        state = np.empty(self.state_bytes, np.uint8)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if self._api.llama_state_seq_get_data(context, data, len(state), 0) != len(state):
             raise DecoderError("llama.cpp could not copy the KV cache")
         return state
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of what ``state`` gives: the used part of the KV cache and a small header."""
+        return int(self._api.llama_state_seq_get_size(self._open(), 0))
 
     def set_state(self, state: UInt8) -> bool:
         """Replace what is cached; false, and nothing cached, if it does not fit."""
@@ -230,6 +326,8 @@ class Context:
 
     def truncate(self, n_positions: int) -> None:
         """Forget everything from position ``n_positions`` on."""
+        if self._context is None and n_positions >= self._n_parked:
+            return
         self._api.llama_memory_seq_rm(self._memory(), 0, n_positions, -1)
 
     def append_tokens(self, ids: Sequence[int], **options: Any) -> None:
@@ -263,15 +361,28 @@ class Context:
 
     def close(self) -> None:
         """Free the KV cache."""
-        self._free()
-        self._context = None
+        self._closed = True
+        self._drop()
+        self._parked = None
         if self._decoder._closed:
             self._decoder.close()
 
     @property
     def is_open(self) -> bool:
         """Whether it was not closed yet."""
-        return self._context is not None
+        return not self._closed
+
+    def _park(self) -> None:
+        """Keep the content as bytes and free the context, which refers to the weights."""
+        if self._context is not None:
+            self._n_parked = self.n_positions
+            self._parked = self.state() if self._n_parked else None
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._free:
+            self._free()
+        self._free = self._context = None
 
     def _fill(self, context: Any, state: UInt8) -> bool:
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -281,27 +392,32 @@ class Context:
         self._context = context
         self._free = weakref.finalize(self, self._api.llama_free, context)
 
-    def _create(self, n_positions: int) -> Any:
-        decoder, api = self._decoder, self._api
+    def _create(self, state: UInt8 | None) -> Any:
+        """A context of ``capacity`` that holds ``state``."""
+        decoder, api, engines = self._decoder, self._api, self._decoder._engines
+        model = decoder._weights()
         params = api.llama_context_default_params()
-        params.n_ctx = -(-n_positions // CONTEXT_STEP) * CONTEXT_STEP
-        params.n_batch = params.n_ubatch = min(decoder._batch_size, params.n_ctx)
+        params.n_ctx = self._capacity
+        params.n_batch = params.n_ubatch = min(engines.batch_size, params.n_ctx)
         params.n_outputs_max = 1  # logits are read for the last position only
-        params.n_threads = params.n_threads_batch = decoder._threads
+        params.n_threads = engines.threads
+        params.n_threads_batch = engines.prefill_threads
         params.type_k = params.type_v = _ggml_type(decoder._kv_type)
         params.no_perf = True
         # On a CPU, llama.cpp's flash attention moves logits by 1.6 % of their range at 1,776
         # positions even in float32; without it they are right to 5e-5.
-        # A quantized V cache works only with it.
-        params.flash_attn_type = (
-            api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if decoder._kv_type.startswith("q")
-            else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        params.flash_attn_type = {
+            "off": api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
+        }[decoder._flash_attention]
         _recent_errors.clear()
-        context = api.llama_init_from_model(decoder._model, params)
+        context = api.llama_init_from_model(model, params)
         if not context:
             raise DecoderError(f"llama.cpp could not create a context{_because()}")
+        if state is not None and not self._fill(context, state):
+            api.llama_free(context)
+            raise DecoderError("llama.cpp could not move the KV cache to another context")
         return context
 
     def _append(
@@ -354,8 +470,11 @@ class Context:
         return self._api.llama_get_memory(self._open())
 
     def _open(self) -> Any:
-        if not self._context:
+        if self._closed:
             raise DecoderError("the context was closed")
+        if self._context is None:
+            self._hold(self._create(self._parked))
+            self._parked = None
         return self._context
 
 
@@ -428,6 +547,25 @@ _print_logs = False
 def _because() -> str:
     """The first error llama.cpp logged since the deque was cleared, as the end of a message."""
     return f": {_recent_errors[0]}" if _recent_errors else ""
+
+
+# How long a thread of libgomp, which most builds of llama.cpp use, waits before it sleeps. Its
+# default, 300,000 turns, is about 20 ms on current x86 processors: at every barrier, of which a
+# token has hundreds, a core is kept from whatever thread the others wait for. 1,000 turns are what
+# libgomp takes itself where it knows that there are too few cores.
+_PATIENCE = "1000"
+
+
+def _import_engine(spinning: bool) -> None:
+    """Load llama.cpp; libgomp reads the environment when it is loaded, so the first call counts."""
+    if spinning or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        import llama_cpp
+    else:
+        os.environ["GOMP_SPINCOUNT"] = _PATIENCE
+        try:
+            import llama_cpp  # noqa: F401
+        finally:
+            del os.environ["GOMP_SPINCOUNT"]  # not for the processes that this one starts
 
 
 @cache

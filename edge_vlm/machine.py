@@ -7,12 +7,13 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+from edge_vlm.engine_settings import EngineSettings, check_engine_setting, untuned
 from edge_vlm.errors import InputError
 from edge_vlm.folders import pictures_cache
-from edge_vlm.hardware import default_threads
 from edge_vlm.image import MAX_PIXELS
 from edge_vlm.providers import PROVIDER_CHOICES, parse_gpu_layers
 
@@ -20,20 +21,35 @@ CACHE_SIZE = 4_000_000_000  # bytes
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
 # Bytes per element; blocks of 32 elements share a 2-byte scale in the quantized types.
 KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+# Whether the vision tower and the decoder are in memory at the same time.
+RESIDENCIES = ("auto", "together", "in-turns")
 
 
 @dataclass(frozen=True)
 class MachineSettings:
     """Settings of the machine; ``from_environment`` reads them from ``EDGE_VLM_*``.
 
+    Those that are fields of ``EngineSettings`` too are None where ``edge-vlm tune``, or else a
+    default, shall decide. ``threads`` alone stands for all three numbers of threads.
+
     Raises:
         InputError: a value is out of its range.
     """
 
-    threads: int = field(default_factory=default_threads)
+    threads: int | None = None
+    prefill_threads: int | None = None
+    vision_threads: int | None = None
+    batch_size: int | None = None
+    flash_attention: str | None = None
+    repack: bool | None = None
+    mmap: bool | None = None
+    spinning: bool | None = None
+    tiles_per_call: int | None = None
+    residency: str = "auto"  # see RESIDENCIES
+    ram: int | None = None  # bytes that the process may take; see ``edge_vlm.limits``
+    max_tiles: int | None = None  # of every picture, besides the thumbnail
     kv_budget: int = KV_BUDGET  # bytes
     kv_type: str = "f16"  # element type of the KV cache
-    batch_size: int = 512  # positions computed at once during prefill
     max_pixels: int = MAX_PIXELS  # of a picture
     image_formats: tuple[str, ...] = ()  # accepted besides the usual ones
     provider: str = "auto"  # onnxruntime execution provider of the vision tower
@@ -45,26 +61,47 @@ class MachineSettings:
 
     def __post_init__(self) -> None:
         limits = {
-            "threads": (1, 1024),
             "kv_budget": (1, 1 << 44),
-            "batch_size": (1, 1 << 16),
             "max_pixels": (1, 1 << 31),
             "cache_size": (0, 1 << 50),
             "tile_memory": (0, 1 << 40),
         }
+        limits |= {"ram": (1, 1 << 50)} if self.ram is not None else {}
+        limits |= {"max_tiles": (1, 1024)} if self.max_tiles is not None else {}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
                 raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
-        if self.kv_type not in KV_TYPES:
-            raise InputError(f"kv_type: must be one of {', '.join(KV_TYPES)}, not {self.kv_type}")
-        if self.provider not in PROVIDER_CHOICES:
-            known = ", ".join(PROVIDER_CHOICES)
-            raise InputError(f"provider: must be one of {known}, not {self.provider}")
+        for name, known in (
+            ("kv_type", tuple(KV_TYPES)),
+            ("residency", RESIDENCIES),
+            ("provider", PROVIDER_CHOICES),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name}: must be one of {', '.join(known)}, not {getattr(self, name)}"
+                )
         try:
             parse_gpu_layers(str(self.gpu_layers))
         except ValueError as error:
             raise InputError(f"gpu_layers: {error}") from error
+        for name, value in self._given().items():
+            check_engine_setting(name, value)
+
+    def engine_settings(self, tuned: EngineSettings | None = None) -> EngineSettings:
+        """What the engines get: what is given here, else ``tuned``, else defaults."""
+        return replace(tuned or untuned(), **self._given())
+
+    def fixed_engine_settings(self) -> set[str]:
+        """Names of those that neither tuning nor defaults decide."""
+        return set(self._given())
+
+    def _given(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(EngineSettings)}
+        given = {name: value for name, value in values.items() if value is not None}
+        if self.threads is not None:
+            given = {"prefill_threads": self.threads, "vision_threads": self.threads} | given
+        return given
 
     def without_cache(self) -> MachineSettings:
         """The same, but nothing is kept between questions, neither on disk nor in memory."""
@@ -74,10 +111,10 @@ class MachineSettings:
     def from_environment(
         cls, environment: Mapping[str, str] | None = None, **overrides: object
     ) -> MachineSettings:
-        """Overrides that are not None, else ``EDGE_VLM_THREADS``, ``EDGE_VLM_KV_BUDGET``,
-        ``EDGE_VLM_MAX_PIXELS``, ``EDGE_VLM_PROVIDER``, ``EDGE_VLM_GPU_LAYERS``,
-        ``EDGE_VLM_CACHE`` (empty or ``off``: none), ``EDGE_VLM_CACHE_SIZE`` and
-        ``EDGE_VLM_ENGINE_LOGS``, else defaults.
+        """Overrides that are not None, else the environment, else defaults.
+
+        Each field but ``image_formats`` and ``tile_memory`` has a variable: ``EDGE_VLM_THREADS``
+        and so on. ``EDGE_VLM_CACHE`` may be empty or ``off``.
 
         Raises:
             InputError: a variable does not hold what it should.
@@ -85,13 +122,19 @@ class MachineSettings:
         environment = os.environ if environment is None else environment
         values: dict[str, object] = {"cache": pictures_cache(environment)}
         readers: dict[str, Callable[[str], object]] = {
-            "threads": _whole_number,
+            **dict.fromkeys(
+                ("threads", "prefill_threads", "vision_threads", "batch_size", "tiles_per_call"),
+                _whole_number,
+            ),
+            **dict.fromkeys(("repack", "mmap", "spinning", "engine_logs"), _switch),
+            **dict.fromkeys(("flash_attention", "residency", "kv_type"), str.lower),
             "kv_budget": parse_size,
+            "ram": parse_size,
+            "max_tiles": _whole_number,
             "max_pixels": parse_size,
             "provider": str.lower,
             "gpu_layers": parse_gpu_layers,
             "cache_size": parse_size,
-            "engine_logs": lambda text: text.lower() not in ("0", "false", "no", "off"),
         }
         for name, read in readers.items():
             variable = f"EDGE_VLM_{name.upper()}"
@@ -126,6 +169,10 @@ def parse_size(text: str) -> int:
     power = " kmgt".index(match[2].lower() or " ")
     unit: int = (1024 if match[3] else 1000) ** power
     return round(float(match[1]) * unit)
+
+
+def _switch(text: str) -> bool:
+    return text.strip().lower() not in ("0", "false", "no", "off")
 
 
 def _whole_number(text: str) -> int:

@@ -1,7 +1,9 @@
-"""How much memory this process took."""
+"""How much memory this process took, and what the system has."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 from contextlib import suppress
 
@@ -21,3 +23,17 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def available_bytes() -> int:
+    """Memory that a process can take now without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def give_back_memory() -> None:
+    """Let the C library return what was freed to the system; only glibc keeps much of it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

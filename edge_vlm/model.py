@@ -14,6 +14,7 @@ from edge_vlm.conversation import Conversation, Engine
 from edge_vlm.decoder import Decoder
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.folders import find_bundle
+from edge_vlm.limits import within_memory
 from edge_vlm.machine import MachineSettings, cpu_identity
 from edge_vlm.messages import Message, Text, parse_messages, user_message
 from edge_vlm.options import AskOptions
@@ -23,6 +24,7 @@ from edge_vlm.prefix_cache import PrefixCache
 from edge_vlm.prompt import PromptBuilder
 from edge_vlm.store import open_store
 from edge_vlm.tile_cache import TileCache
+from edge_vlm.tuning import load_tuning
 from edge_vlm.verify import verify
 from edge_vlm.vision import VisionTower
 
@@ -83,18 +85,26 @@ class EdgeVLM(_Closing):
                 progress(Progress("verify", done, total))
 
         verify(bundle, progress=report)
-        vision = VisionTower(
-            bundle,
-            threads=settings.threads,
-            provider=settings.provider,
-            logs=settings.engine_logs,
+        tuning = load_tuning(bundle.manifest)
+        settings, engines = within_memory(
+            settings,
+            settings.engine_settings(tuning.settings if tuning else None),
+            bundle.manifest,
         )
+        in_turns = settings.residency == "in-turns"
         decoder = Decoder(
             bundle,
-            threads=settings.threads,
-            batch_size=settings.batch_size,
+            engines,
             kv_type=settings.kv_type,
             layers_on_gpu=settings.gpu_layers,
+            in_turns=in_turns,
+            logs=settings.engine_logs,
+        )
+        vision = VisionTower(
+            bundle,
+            engines,
+            provider=settings.provider,
+            before_load=decoder.release,
             logs=settings.engine_logs,
         )
         cpu = cpu_identity()
@@ -107,10 +117,13 @@ class EdgeVLM(_Closing):
             prompts=PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize),
             vision=vision,
             decoder=decoder,
+            engines=engines,
+            speeds=tuning.speeds if tuning else None,
             tiles=TileCache(vision, tile_identity, settings.tile_memory, store),
             prefixes=PrefixCache(store, prefix_identity) if store else None,
             store=store,
-            load_seconds=time.perf_counter() - started,
+            load_seconds=time.perf_counter() - started - decoder.load_seconds,
+            in_turns=in_turns,
         )
         return cls(bundle, engine)
 
@@ -189,11 +202,16 @@ class EdgeVLM(_Closing):
             Cancelled: ``cancel`` was set.
         """
         engine, wanted = self._loaded(), _options({"max_tiles": max_tiles})
-        processor = limit_tiles(engine.manifest.image_processor, wanted.max_tiles)
+        limits = [n for n in (wanted.max_tiles, engine.settings.max_tiles) if n is not None]
+        processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
         picture = open_picture(
             image, processor, engine.manifest, engine.settings, engine.tiles.model
         )
-        encode_pictures([picture], engine.tiles, progress or (lambda _: None), cancel)
+        try:
+            encode_pictures([picture], engine.tiles, progress or (lambda _: None), cancel)
+        finally:
+            if engine.in_turns:
+                engine.vision.release()
         if engine.store:
             engine.store.flush()
         return picture.encoded(engine.tiles.model)

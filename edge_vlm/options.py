@@ -29,6 +29,7 @@ class AskOptions:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
     seed: int | None = None  # of the sampler; None draws one
     max_tiles: int | None = None  # crops besides the thumbnail; None for the model's maximum
+    within: float | None = None  # seconds to the first token; limits tiles, needs a tuning
     system: str | None = None  # a system message in front of the conversation
     # What the answer must be; at most one of them.
     schema: Any = None  # JSON Schema as plain data, or a pydantic model or other type
@@ -45,6 +46,8 @@ class AskOptions:
             _check("seed", self.seed, 0, (1 << 32) - 1)
         if self.max_tiles is not None:
             _check("max_tiles", self.max_tiles, 1, 1024)
+        if self.within is not None:
+            _check("within", self.within, 1e-3, 1e6)
         if self.system is not None and not isinstance(self.system, str):
             raise PromptError("system: must be a string")
         wanted = [n for n in ("schema", "choices", "regex") if getattr(self, n) is not None]
@@ -59,7 +62,7 @@ class AskOptions:
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    whole = name not in ("temperature", "top_p", "min_p")
+    whole = name not in ("temperature", "top_p", "min_p", "within")
     kinds = int if whole else (int, float)
     valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not low <= value <= high:

@@ -29,20 +29,15 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     picture = np.stack(np.broadcast_arrays(5 * side[:, None], 5 * side[None, :], 90), axis=-1)
     processor = bundle.manifest.image_processor
     tiles = cut_tiles(picture.astype(np.uint8), processor)
-    tower = VisionTower(bundle, threads=settings.threads)
+    engines = settings.engine_settings()
+    tower = VisionTower(bundle, engines)
     embeddings = tower.encode(tiles)
     if not np.isfinite(embeddings).all():
         raise VisionError(f"{bundle.path}: vision.onnx gives values that are no numbers")
     if np.ptp(embeddings, axis=(0, 1)).max() == 0:
         raise VisionError(f"{bundle.path}: vision.onnx gives the same vector everywhere")
     rows = stitch(embeddings, tower.marker_embeddings, tiles.plan, processor)
-    decoder = Decoder(
-        bundle,
-        threads=settings.threads,
-        batch_size=settings.batch_size,
-        kv_type=settings.kv_type,
-        logs=settings.engine_logs,
-    )
+    decoder = Decoder(bundle, engines, kv_type=settings.kv_type, logs=settings.engine_logs)
     try:
         prompts = PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize)
         spans = prompts.build([user_message([picture], _QUESTION)])

@@ -1,19 +1,11 @@
-"""How fast a machine runs a bundle: what predictions need, stored per bundle and machine."""
+"""How fast a machine runs a bundle: what predictions need; kept by ``tuning.py``."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from edge_vlm.bundle import Manifest
 from edge_vlm.errors import InputError
-from edge_vlm.folders import cache_folder, label
-from edge_vlm.write import write_file
-
-MAX_BYTES = 1 << 16  # of a stored file
 
 
 @dataclass(frozen=True)
@@ -36,43 +28,3 @@ class Speeds:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise InputError(f"{name}: must be a positive number, not {value!r}")
-
-
-def speeds_file(manifest: Manifest, machine: str) -> Path:
-    """Where the speeds of a bundle on a machine are kept.
-
-    Args:
-        manifest: the bundle's; its files' checksums identify it, not its place.
-        machine: what identifies the machine, see ``hardware.fingerprint``.
-    """
-    parts = [f"{name} {record.sha256}" for name, record in sorted(manifest.files.items())]
-    key = hashlib.sha256("\n".join([*parts, machine]).encode()).hexdigest()[:32]
-    return cache_folder() / "speeds" / f"{key}.json"
-
-
-def store_speeds(path: Path, speeds: Speeds) -> None:
-    """Write speeds to ``path``.
-
-    Raises:
-        EdgeVLMError: the file system refuses.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(asdict(speeds)).encode())
-
-
-def stored_speeds(path: Path) -> Speeds | None:
-    """Speeds stored at ``path``; None when there are none.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES)
-    except OSError:
-        return None
-    try:
-        data = json.loads(text)
-        return Speeds(**{field.name: data[field.name] for field in fields(Speeds)})
-    except (ValueError, KeyError, TypeError, RecursionError, InputError) as error:
-        raise InputError(f"{label(path)}: is damaged ({error}); delete it") from error

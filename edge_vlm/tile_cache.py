@@ -72,24 +72,37 @@ class TileCache:
             make_key(self._identity, crop.data.cast("B"), bytes([bool(is_last)]))
             for crop, is_last in zip(tiles.crops, tiles.is_last, strict=True)
         ]
-        seen: dict[bytes, int] = {}  # in this picture
-        fresh: list[Entry] = []
-        try:
-            for index, key in enumerate(keys):
-                known = out[seen[key]] if key in seen else self._find(key, out.shape[1:])
-                if known is None:
-                    known = self._vision.encode_crop(
-                        tiles.crops[index], bool(tiles.is_last[index]), cancel=cancel
-                    )
-                    fresh.append(Entry(_KIND, key, known))
-                    self._hold(key, known)
+        unique = {key: index for index, key in reversed(list(enumerate(keys)))}  # the first of each
+        wanted: list[int] = []
+        for key, index in sorted(unique.items(), key=lambda item: item[1]):
+            known = self._find(key, out.shape[1:])
+            if known is None:
+                wanted.append(index)
+            else:
                 out[index] = known
-                seen[key] = index
-                if progress:
-                    progress(index + 1)
+        fresh: list[Entry] = []
+        n_known = len(keys) - len(wanted)
+        report = progress or (lambda _: None)
+        for done in range(n_known):
+            report(done + 1)
+        try:
+            for start in range(0, len(wanted), self._vision.tiles_per_call):
+                part = wanted[start : start + self._vision.tiles_per_call]
+                rows = self._vision.encode_crops(
+                    tiles.crops[part], tiles.is_last[part], cancel=cancel
+                )
+                for index, row in zip(part, rows, strict=True):
+                    out[index] = row
+                    kept = row.copy()  # not a view that would keep the others alive
+                    fresh.append(Entry(_KIND, keys[index], kept))
+                    self._hold(keys[index], kept)
+                report(n_known + len(fresh))
         finally:
             if self._store:
                 self._store.write_soon(fresh)
+        for index, key in enumerate(keys):
+            if unique[key] != index:
+                out[index] = out[unique[key]]
         return out, len(tiles.crops) - len(fresh)
 
     def markers(self) -> Float32:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.cancel import CancelToken
+from edge_vlm.engine_settings import EngineSettings, untuned
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
+from edge_vlm.memory import give_back_memory
 from edge_vlm.onnx_scan import external_files
 from edge_vlm.providers import open_session
 from edge_vlm.tiling import Tiles
@@ -35,15 +37,22 @@ class VisionTower:
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int, provider: str = "cpu", logs: bool = False
+        self,
+        bundle: Bundle,
+        engines: EngineSettings | None = None,
+        *,
+        provider: str = "cpu",
+        before_load: Callable[[], None] | None = None,
+        logs: bool = False,
     ) -> None:
         path = bundle.file(VISION_NAME)
         for name in external_files(path):
             if name not in bundle.manifest.files:
                 raise BundleError(f"{path}: reads {name!r}, which is not a file of the bundle")
         self._bundle = bundle
-        self._threads = threads
+        self._engines = engines or untuned()
         self._provider = provider
+        self._before_load = before_load
         self._severity = _WARNING if logs else _QUIET
         self._stamps = self._stamp()
         self._session: Any = None
@@ -57,7 +66,8 @@ class VisionTower:
         return {
             "files": {name: files[name].sha256 for name in files if name != DECODER_NAME},
             "onnxruntime": _version(),
-            "threads": self._threads,
+            "threads": self._engines.vision_threads,
+            "tiles_per_call": self._engines.tiles_per_call,
             "provider": self._provider,
         }
 
@@ -67,8 +77,13 @@ class VisionTower:
         manifest = self._bundle.manifest
         return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
 
-    def load(self) -> None:
-        """Create the session, unless it is there.
+    @property
+    def tiles_per_call(self) -> int:
+        """Crops that ``encode_crops`` is best called with."""
+        return self._engines.tiles_per_call
+
+    def load(self) -> Any:
+        """The session; it is created unless it is there.
 
         Raises:
             BundleError: the graph does not load, or has other inputs and outputs than the manifest
@@ -77,11 +92,20 @@ class VisionTower:
         """
         with self._loading:
             if self._session is None:
+                if self._before_load:
+                    self._before_load()
                 started = time.perf_counter()
                 session = self._load()
                 self._check_interface(session)
                 self._session = session
-                self.load_seconds = time.perf_counter() - started
+                self.load_seconds += time.perf_counter() - started
+            return self._session
+
+    def release(self) -> None:
+        """Give the session's memory back until the next picture."""
+        with self._loading:
+            self._session = None
+        give_back_memory()
 
     def _stamp(self) -> dict[str, tuple[int, ...]]:
         """What shows that a file was replaced since its checksum was compared."""
@@ -98,8 +122,10 @@ class VisionTower:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._engines.vision_threads
         options.inter_op_num_threads = 1
+        spinning = "1" if self._engines.spinning else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.log_severity_level = self._severity
 
         def create(providers: list[str]) -> Any:
@@ -128,7 +154,7 @@ class VisionTower:
         cancel: CancelToken | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Float32:
-        """Embeddings of each crop, (n_crops, tokens_per_crop, hidden_size), one crop at a time.
+        """Embeddings of each crop, (n_crops, tokens_per_crop, hidden_size).
 
         ``progress`` is called with the number of crops done.
 
@@ -137,20 +163,23 @@ class VisionTower:
             VisionError: onnxruntime failed.
             BundleError: see ``load``.
         """
-        out: list[Float32] = []
-        for crop, is_last in zip(tiles.crops, tiles.is_last, strict=True):
-            out.append(self.encode_crop(crop, bool(is_last), cancel=cancel))
+        out = np.empty((len(tiles.crops), *self.output_shape), np.float32)
+        for start in range(0, len(out), self.tiles_per_call):
+            part = slice(start, start + self.tiles_per_call)
+            out[part] = self.encode_crops(tiles.crops[part], tiles.is_last[part], cancel=cancel)
             if progress:
-                progress(len(out))
-        return np.stack(out)
+                progress(min(part.stop, len(out)))
+        return out
 
-    def encode_crop(
-        self, crop: Float32, is_last: bool, *, cancel: CancelToken | None = None
+    def encode_crops(
+        self, crops: Float32, is_last: npt.NDArray[np.bool_], *, cancel: CancelToken | None = None
     ) -> Float32:
-        """Embeddings of one crop, (tokens_per_crop, hidden_size); errors as ``encode``."""
-        feed = {"crops": crop[None], "is_last": np.array([is_last])}
-        embeddings: Float32 = self._run("embeddings", feed, cancel)[0]
-        return embeddings
+        """Embeddings of crops in one call; shape and errors as ``encode``."""
+        self.load()
+        if self._takes_one_crop and len(crops) > 1:
+            ones = ((crops[[i]], is_last[[i]]) for i in range(len(crops)))
+            return np.concatenate([self.encode_crops(*one, cancel=cancel) for one in ones])
+        return self._run("embeddings", {"crops": crops, "is_last": is_last}, cancel)
 
     @cached_property
     def marker_embeddings(self) -> Float32:
@@ -163,7 +192,7 @@ class VisionTower:
         return self._run("marker_embeddings", feed, None)
 
     def _run(self, output: str, feed: dict[str, Any], cancel: CancelToken | None) -> Float32:
-        self.load()
+        session = self.load()
         import onnxruntime as ort
 
         run = ort.RunOptions()
@@ -176,7 +205,7 @@ class VisionTower:
             cancel.check()
             cancel.listen(stop)
         try:
-            result: Float32 = self._session.run([output], feed, run)[0]
+            result: Float32 = session.run([output], feed, run)[0]
         except Exception as error:  # see above
             if cancel and cancel.is_set:
                 raise Cancelled("stopped while encoding the picture") from error

@@ -692,7 +692,7 @@ for seed in range(100):
     damaged[rng.randrange(10_000)] ^= 1 << rng.randrange(8)  # nodes come before weights
     path.write_bytes(damaged)
     try:
-        VisionTower(bundle, threads=1).load()
+        VisionTower(bundle).load()
         print("loaded")
     except BundleError as error:
         print("refused", error)
@@ -749,7 +749,7 @@ def test_ggufs_that_llama_cpp_refuses(folder: Path) -> None:
         path.write_bytes(content)
         record(folder, DECODER_NAME)
         with pytest.raises(BundleError) as caught:
-            Decoder(Bundle.open(folder), threads=1, batch_size=8, kv_type="f16")
+            Decoder(Bundle.open(folder))
         message = str(caught.value)
         assert message.startswith(f"{path}: "), name
         assert message.isprintable(), name

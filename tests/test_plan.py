@@ -17,14 +17,15 @@ from edge_vlm.bundle import Bundle
 from edge_vlm.cli.plan import DECODER, DEVICES, KV_TYPES, VISION
 from edge_vlm.compare import FAMILIES, Family, Usage, compare
 from edge_vlm.decoder import Decoder
+from edge_vlm.engine_settings import untuned
 from edge_vlm.folders import embedded_bundle
-from edge_vlm.hardware import fingerprint
 from edge_vlm.machine import KV_TYPES as KV_ELEMENT_BYTES
 from edge_vlm.paper import efficiency_table
 from edge_vlm.plan import ModelSizes, RequestSettings, plan_request
 from edge_vlm.profiles import PROFILES
 from edge_vlm.released import DECODER_PRECISIONS, VISION_BYTES, model_sizes
-from edge_vlm.speeds import Speeds, speeds_file, store_speeds, stored_speeds
+from edge_vlm.speeds import Speeds
+from edge_vlm.tuning import Tuning, store_tuning
 from tests.conftest import Run
 
 LARGEST = (2728, 2046)
@@ -49,12 +50,13 @@ def test_kv_and_compute_bytes_are_llama_cpps(
 ) -> None:
     bundle = Bundle.open(embedded_bundle())
     geometry = bundle.manifest.decoder
-    decoder = Decoder(bundle, threads=1, batch_size=batch, kv_type=kv_type, logs=True)
+    engines = dataclasses.replace(untuned(), threads=1, prefill_threads=1, batch_size=batch)
+    decoder = Decoder(bundle, engines, kv_type=kv_type, logs=True)
     capsys.readouterr()
     with decoder.context(positions) as context:
         size = context.capacity
     decoder.close()
-    Decoder(bundle, threads=1, batch_size=batch, kv_type=kv_type, logs=False).close()
+    Decoder(bundle, engines, kv_type=kv_type, logs=False).close()
     log = capsys.readouterr().err
     allocated = float(re.findall(r"KV buffer size =\s*([\d.]+) MiB", log)[0])
     compute = float(re.findall(r"compute buffer size =\s*([\d.]+) MiB", log)[-1])
@@ -217,19 +219,6 @@ def test_predictions_scale_from_what_was_measured() -> None:
     )
 
 
-def test_speeds_are_stored_per_bundle_and_machine(tmp_path: Path) -> None:
-    manifest = Bundle.open(embedded_bundle()).manifest
-    path = speeds_file(manifest, "one")
-    assert path != speeds_file(manifest, "other")
-    assert stored_speeds(path) is None
-    store_speeds(path, SPEEDS)
-    assert stored_speeds(path) == SPEEDS
-    for damaged in (b"", b"[]", b'{"load_seconds": 1}', b"[" * 10_000):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged"):
-            stored_speeds(path)
-
-
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, True, "1"])
 def test_speeds_are_positive_numbers(value: object) -> None:
     with pytest.raises(InputError, match="load_seconds"):
@@ -386,9 +375,9 @@ def test_plan_uses_what_was_measured(run: Run, tmp_path: Path) -> None:
     before = run("plan", "300x200", EDGE_VLM_MODEL="demo").stdout
     assert b"not measured" in before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGE_VLM_CACHE", str(tmp_path))
-        store_speeds(speeds_file(manifest, fingerprint()), SPEEDS)
-    result = run("plan", "300x200", "--json", EDGE_VLM_MODEL="demo", EDGE_VLM_CACHE=str(tmp_path))
+        patch.setenv("EDGE_VLM_CONFIG", str(tmp_path))
+        store_tuning(manifest, Tuning(untuned(), SPEEDS, {}, ""))
+    result = run("plan", "300x200", "--json", EDGE_VLM_MODEL="demo", EDGE_VLM_CONFIG=str(tmp_path))
     data = json.loads(result.stdout)
     assert data["seconds_from"] == "measured on this machine"
     assert data["seconds"]["vision"] == pytest.approx(1.5 * data["crops"])

@@ -54,7 +54,7 @@ class Prompts:
 @pytest.fixture(scope="module")
 def prompts(bundle: Callable[..., Path]) -> Iterator[Prompts]:
     opened = Bundle.open(bundle(MODEL))
-    decoder = Decoder(opened, threads=1, batch_size=64, kv_type="f16")
+    decoder = Decoder(opened)
     yield Prompts(opened.manifest, decoder)
     decoder.close()
 

@@ -232,7 +232,7 @@ def test_the_runtime_takes_graphs_for_exactly_one_crop(
     )
     white = np.full((100, 150, 3), 255, np.uint8)
     tiles = cut_tiles(white, tiny.settings.image_processor)
-    towers = [VisionTower(Bundle.open(path), threads=1) for path in (original, fixed)]
+    towers = [VisionTower(Bundle.open(path)) for path in (original, fixed)]
     first, second = (tower.encode(tiles) for tower in towers)
     assert np.abs(first - second).max() < 1e-5 * np.abs(first).max()
     assert np.array_equal(*(tower.marker_embeddings for tower in towers))
@@ -243,7 +243,7 @@ def test_the_runtime_takes_graphs_for_exactly_one_crop(
         lambda path: tiny.write(path, precision="fp32", target="portable", batch=2),
     )
     with pytest.raises(BundleError, match="takes 2 crops at a time"):
-        VisionTower(two, threads=1).load()
+        VisionTower(two).load()
 
 
 def test_moved_channels_leave_the_function_as_it_is(tiny: Source) -> None:

@@ -17,6 +17,7 @@ from edge_vlm.errors import EdgeVLMError
 _COMMANDS = {
     "ask": "Answer a question about pictures.",
     "cache": "Show, clear or find what is kept on disk of pictures.",
+    "bench": "Measure load, vision, prefill, decode and memory on this machine.",
     "chat": "Talk about pictures, one question after another.",
     "completion": "Print the script that completes edge-vlm's commands in a shell.",
     "doctor": "Show what this machine is and what would make it faster.",
@@ -24,6 +25,7 @@ _COMMANDS = {
     "info": "Show what a bundle is and whether its files are intact.",
     "plan": "Show how a picture is tiled and what it costs, without running a model.",
     "tiles": "Draw how a picture is cut into tiles.",
+    "tune": "Find the settings that are fastest on this machine, and keep them.",
     "verify": "Check a bundle, also against the checkpoint it was made from.",
     "use": "Choose the model that is used when none is named.",
     "watch": "Answer about each new picture of a folder, a camera or a command.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
+    ENGINE_OPTIONS,
     answer_options,
     hardware_options,
     image_options,
@@ -81,6 +82,7 @@ def command(
     from edge_vlm.options import AskOptions
 
     settings = MachineSettings.from_environment(
+        **{name: options.pop(name) for name in ENGINE_OPTIONS},
         kv_budget=kv_budget,
         threads=threads,
         provider=provider,

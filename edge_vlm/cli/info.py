@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import click
@@ -24,6 +25,7 @@ def command(model: str | None, again: bool, as_json: bool, verbose: bool) -> Non
     from edge_vlm.bundle import Bundle
     from edge_vlm.errors import BundleError
     from edge_vlm.folders import find_bundle
+    from edge_vlm.tuning import load_tuning, tuning_line
     from edge_vlm.verify import verify
 
     bundle = Bundle.open(find_bundle(model))
@@ -33,8 +35,14 @@ def command(model: str | None, again: bool, as_json: bool, verbose: bool) -> Non
     except BundleError as error:
         failure = error
     manifest = bundle.manifest
+    tuning = load_tuning(manifest)
     if as_json:
-        data = {"path": str(bundle.path), "verified": failure is None, **manifest.model_dump()}
+        data = {
+            "path": str(bundle.path),
+            "verified": failure is None,
+            "tuning": dataclasses.asdict(tuning) if tuning else None,
+            **manifest.model_dump(),
+        }
         click.echo(json.dumps(data, ensure_ascii=False))
     else:
         processor, decoder = manifest.image_processor, manifest.decoder
@@ -59,6 +67,7 @@ def command(model: str | None, again: bool, as_json: bool, verbose: bool) -> Non
             ("files", ", ".join(f"{n} {r.size / 1e6:.1f} MB" for n, r in manifest.files.items())),
             ("written by", ", ".join(f"{n} {v}" for n, v in manifest.created_with.items())),
             ("verified", "no" if failure else "yes"),
+            ("tuned", tuning_line(tuning) if tuning else "no; 'edge-vlm tune' does it"),
         ):
             click.echo(f"{label:<11} {_printable(value)}")
     if failure:

@@ -121,13 +121,50 @@ def no_cache_option(function: F) -> F:
     )(function)
 
 
-def answer_options(function: F) -> F:
-    """How questions are answered, and with how much of the machine."""
+ENGINE_OPTIONS = ("kv_type", "residency", "ram")
+
+
+def engine_options(function: F) -> F:
+    """``--threads`` and those in ``ENGINE_OPTIONS``."""
     for option in (
+        click.option(
+            "--ram",
+            type=Size(),
+            help="Stay below this much memory, such as 2GB: what makes that possible is chosen, and"
+            " said (EDGE_VLM_RAM).",
+        ),
+        click.option(
+            "--residency",
+            type=click.Choice(["auto", "together", "in-turns"]),
+            help="Vision tower and decoder in memory together, or one after the other, which loads"
+            " the decoder for each picture (EDGE_VLM_RESIDENCY; default auto: in turns where memory"
+            " is short).",
+        ),
+        click.option(
+            "--kv-type",
+            type=click.Choice(["f32", "f16", "q8_0", "q4_0"]),
+            help="Numbers of the KV cache (EDGE_VLM_KV_TYPE; default f16).",
+        ),
         click.option(
             "--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS)."
         ),
+    ):
+        function = option(function)
+    return function
+
+
+def answer_options(function: F) -> F:
+    """How questions are answered, and with how much of the machine."""
+    for option in (
+        engine_options,
         kv_budget_option,
+        click.option(
+            "--within",
+            type=click.FloatRange(0, min_open=True),
+            metavar="SECONDS",
+            help="Use the most tiles that let the answer begin in this time; needs 'edge-vlm tune'"
+            " once.",
+        ),
         max_tiles_option,
         click.option(
             "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable."

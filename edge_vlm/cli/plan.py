@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edge_vlm.plan import Memory, ModelSizes, RequestPlan, RequestSettings
     from edge_vlm.profiles import DeviceProfile
     from edge_vlm.speeds import Speeds
+    from edge_vlm.tuning import Tuning
 
 DEVICES = ("raspberry-pi-5-8gb", "raspberry-pi-5-4gb", "jetson-orin-nano-8gb", "laptop-4core")
 KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
@@ -88,6 +89,7 @@ def command(
         raise click.UsageError("no picture; give a file or a size such as 2728x2046")
     from edge_vlm.plan import plan_request
     from edge_vlm.profiles import PROFILES
+    from edge_vlm.tuning import load_tuning
 
     name, sizes, manifest = _model(model, vision, decoder)
     width, height = _size(image, max_pixels, allow_format)
@@ -95,8 +97,14 @@ def command(
         _compare(sizes, width, height, name, max_tiles, as_json)
         return
     profile = PROFILES[device] if device else None
-    settings = _settings(profile, request)
-    speeds, source = _speeds(profile, sizes, manifest, settings.kv_type)
+    tuning = load_tuning(manifest) if manifest and not profile else None
+    settings = _settings(profile, request, tuning)
+    speeds: Speeds | None = None
+    source = None
+    if profile:
+        speeds, source = profile.speeds(sizes, settings.kv_type), f"estimated for {profile.name}"
+    elif tuning:
+        speeds, source = tuning.speeds, "measured on this machine"
     plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
     if as_json:
         data = plan.to_dict()
@@ -144,7 +152,9 @@ def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> 
     return width, height
 
 
-def _settings(profile: DeviceProfile | None, request: dict[str, Any]) -> RequestSettings:
+def _settings(
+    profile: DeviceProfile | None, request: dict[str, Any], tuning: Tuning | None
+) -> RequestSettings:
     import platform
 
     from edge_vlm.cost import REPACKED
@@ -154,9 +164,16 @@ def _settings(profile: DeviceProfile | None, request: dict[str, Any]) -> Request
 
     request["answer_tokens"] = request.pop("max_tokens")
     here = family(platform.machine())
+    engines = MachineSettings.from_environment().engine_settings(
+        tuning.settings if tuning else None
+    )
     return RequestSettings(
-        batch_size=MachineSettings.from_environment().batch_size,
-        repack=not profile.on_gpu if profile else here in REPACKED,
+        batch_size=engines.batch_size,
+        flash_attention=engines.flash_attention != "off",
+        repack=profile.processor_family == "arm" and not profile.on_gpu
+        if profile
+        else engines.repack,
+        tiles_per_call=engines.tiles_per_call,
         processor_family=profile.processor_family
         if profile
         else here
@@ -164,21 +181,6 @@ def _settings(profile: DeviceProfile | None, request: dict[str, Any]) -> Request
         else "x86",
         **{key: value for key, value in request.items() if value is not None},
     )
-
-
-def _speeds(
-    profile: DeviceProfile | None, sizes: ModelSizes, manifest: Any, kv_type: str
-) -> tuple[Speeds | None, str | None]:
-    """Speeds and where they come from."""
-    from edge_vlm.hardware import fingerprint
-    from edge_vlm.speeds import speeds_file, stored_speeds
-
-    if profile:
-        return profile.speeds(sizes, kv_type), f"estimated for {profile.name}"
-    if manifest is None:
-        return None, None
-    stored = stored_speeds(speeds_file(manifest, fingerprint()))
-    return stored, "measured on this machine" if stored else None
 
 
 def _show(

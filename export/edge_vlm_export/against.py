@@ -50,7 +50,7 @@ def measure_bundle(
         InputError: the samples are.
         EdgeVLMError: an engine failed.
     """
-    threads = MachineSettings.from_environment().threads
+    threads = MachineSettings.from_environment().engine_settings().threads
     settings = read_settings(checkpoint)
     tensors = Checkpoint.open(checkpoint)
     tied = check_tensors(tensors, settings)

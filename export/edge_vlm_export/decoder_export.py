@@ -105,7 +105,7 @@ class DecoderExport:
         self._n_quantized = (
             quantized_bytes(choice.kind, n_values, n_table) if choice.quantized else 0
         )
-        self._threads = MachineSettings.from_environment().threads
+        self._threads = MachineSettings.from_environment().engine_settings().threads
 
     @property
     def scratch_bytes(self) -> int:

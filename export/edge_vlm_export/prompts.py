@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.bundle import Bundle
+from edge_vlm.engine_settings import untuned
 from edge_vlm.image import load_image
 from edge_vlm.plan import limit_tiles
 from edge_vlm.prompt import PromptBuilder, TokenSpan
@@ -61,7 +62,7 @@ class PromptMaker:
 
     def __init__(self, bundle: Bundle, gguf: Path, template: str, threads: int) -> None:
         self._processor = limit_tiles(bundle.manifest.image_processor, MAX_TILES)
-        self._tower = VisionTower(bundle, threads=threads)
+        self._tower = VisionTower(bundle, replace(untuned(), vision_threads=threads))
         self._markers = self._tower.marker_embeddings
         self._close = ExitStack()
         model = self._close.enter_context(loaded(gguf, vocab_only=True))

@@ -1,0 +1,106 @@
+"""How the engines work on this machine: what ``edge-vlm tune`` measures and stores."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, fields
+from typing import Any
+
+from edge_vlm.errors import InputError
+from edge_vlm.hardware import default_threads
+
+FLASH_ATTENTION = ("off", "on", "auto")  # auto: llama.cpp decides
+_LIMITS = {
+    "threads": (1, 1024),
+    "prefill_threads": (1, 1024),
+    "vision_threads": (1, 1024),
+    "batch_size": (1, 1 << 16),
+    "tiles_per_call": (1, 64),
+}
+
+
+def check_engine_setting(name: str, value: Any) -> None:
+    """Check one field of ``EngineSettings``.
+
+    Raises:
+        InputError: it is out of its range.
+    """
+    if name in _LIMITS:
+        low, high = _LIMITS[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not low <= value <= high:
+            raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
+    elif name == "flash_attention":
+        if value not in FLASH_ATTENTION:
+            raise InputError(f"{name}: must be one of {', '.join(FLASH_ATTENTION)}, not {value!r}")
+    elif not isinstance(value, bool):
+        raise InputError(f"{name}: must be true or false, not {value!r}")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of llama.cpp and onnxruntime. They change an answer by floating-point ties alone.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    threads: int  # of the decoder, for one token after the other
+    prefill_threads: int
+    vision_threads: int
+    batch_size: int  # positions computed at once during prefill
+    flash_attention: str  # off, on or auto; a quantized KV cache always has it on
+    repack: bool  # let llama.cpp interleave the weights' rows: another copy of them
+    mmap: bool  # map the decoder's file instead of reading it
+    spinning: bool  # threads that wait for each other keep their core busy
+    tiles_per_call: int  # crops encoded at once
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_engine_setting(field.name, getattr(self, field.name))
+
+
+def untuned() -> EngineSettings:
+    """What is best on most machines of this kind.
+
+    On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
+    18096, 19356, 19360). On x86 they were slower than the plain ones here, and take a second copy
+    of the weights. A spinning thread gains nothing that can be measured on a quiet machine, and
+    takes the core away from the thread it waits for on a busy one.
+    """
+    threads = default_threads()
+    return EngineSettings(
+        threads=threads,
+        prefill_threads=threads,
+        vision_threads=threads,
+        batch_size=128,
+        flash_attention="off",
+        repack=platform.machine().lower() in ("aarch64", "arm64"),
+        mmap=True,
+        spinning=False,
+        tiles_per_call=1,
+    )
+
+
+def engine_defaults() -> EngineSettings:
+    """What llama.cpp and onnxruntime do when they are told nothing, with all cores."""
+    threads = logical_cores()
+    return EngineSettings(
+        threads=threads,
+        prefill_threads=threads,
+        vision_threads=threads,
+        batch_size=512,
+        flash_attention="auto",
+        repack=True,
+        mmap=True,
+        spinning=True,
+        tiles_per_call=1,
+    )
+
+
+def logical_cores() -> int:
+    """Logical ones, of which a physical core may have two."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,197 @@
+"""Budgets in bytes and seconds: what to give up so that a model stays within them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from edge_vlm import cost
+from edge_vlm.bundle import ImageProcessor, Manifest
+from edge_vlm.engine_settings import EngineSettings
+from edge_vlm.errors import BudgetError
+from edge_vlm.hardware import family, memory_limit
+from edge_vlm.machine import MachineSettings
+from edge_vlm.memory import available_bytes
+from edge_vlm.options import DEFAULT_MAX_TOKENS
+from edge_vlm.plan import ModelSizes, RequestPlan, RequestSettings, limit_tiles, plan_request
+from edge_vlm.speeds import Speeds
+from edge_vlm.tiling import n_image_tokens, plan_tiling
+
+PHOTO = 12  # times as many pixels as the model takes: 12 megapixels for the released one
+SPARE = 0.9  # part of the memory that is available now which "auto" lays claim to
+_log = logging.getLogger(__name__)
+
+
+def within_memory(
+    settings: MachineSettings, engines: EngineSettings, manifest: Manifest
+) -> tuple[MachineSettings, EngineSettings]:
+    """Settings with which one picture of any size, and its answer, fit in ``settings.ram``.
+
+    What costs the least is given up first: buffers, then time (residency), then the last bits of
+    the KV cache, then tiles, at last more bits of the cache. Settings that are given stay. With
+    ``residency`` "auto" and no ``ram``, only the residency is chosen, by the memory that is
+    available now.
+
+    Raises:
+        BudgetError: it cannot be done; the message says how much is missing.
+    """
+    model = ModelSizes.of(manifest)
+    if settings.ram is None:
+        if settings.residency != "auto":
+            return settings, engines
+        together = replace(settings, residency="together")
+        limit = memory_limit()
+        free = SPARE * min(available_bytes(), limit or available_bytes())
+        if _plan(model, together, engines).memory.peak <= free:
+            return together, engines
+        return replace(settings, residency="in-turns"), engines
+
+    least: RequestPlan | None = None
+    for candidate, batch_size in _candidates(settings, engines, manifest.image_processor):
+        tried = replace(engines, batch_size=batch_size)
+        plan = _plan(model, candidate, tried)
+        if plan.memory.peak <= settings.ram:
+            fitted = replace(
+                candidate,
+                kv_budget=min(
+                    candidate.kv_budget,
+                    plan.memory.kv_cache + settings.ram - plan.memory.peak,
+                ),
+            )
+            _log.warning(
+                "%.0f MB: %s, KV cache %s, batches of %d, %s; about %.0f MB at the peak",
+                settings.ram / 1e6,
+                candidate.residency,
+                candidate.kv_type,
+                batch_size,
+                _tiles(candidate.max_tiles),
+                plan.memory.peak / 1e6,
+            )
+            return fitted, tried
+        if least is None or plan.memory.peak < least.memory.peak:
+            least = plan
+    if least is None:
+        raise BudgetError("no settings to choose from")
+    memory = least.memory
+    parts = (
+        ("vision", memory.vision_weights + memory.onnxruntime_arena),
+        ("decoder", memory.decoder_weights + memory.repacked_weights),
+        ("KV cache and buffers", memory.kv_cache + memory.compute_buffers),
+        ("Python and picture", memory.python + memory.picture),
+    )
+    needs = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts)
+    raise BudgetError(
+        f"{settings.ram / 1e6:.0f} MB are too little by"
+        f" {(memory.peak - settings.ram) / 1e6:.0f} MB even with one tile"
+        f"{' and taking turns' if memory.residency == 'in-turns' else ''} ({needs});"
+        " a bundle of smaller precision would need less"
+    )
+
+
+def _candidates(
+    settings: MachineSettings, engines: EngineSettings, processor: ImageProcessor
+) -> Iterator[tuple[MachineSettings, int]]:
+    """From the best to the smallest."""
+    given = settings.fixed_engine_settings()
+    batch = engines.batch_size
+    smaller = [n for n in (64, 32) if n < batch and "batch_size" not in given]
+    auto = settings.residency == "auto"
+    residencies = ("together", "in-turns") if auto else (settings.residency,)
+    # f16 is what nobody asked for; q4_0 comes last because it is the one that costs quality.
+    free = settings.kv_type == "f16"
+    most = min(processor.max_crops, settings.max_tiles or processor.max_crops)
+    for residency in residencies:
+        for size in (batch, *smaller):
+            yield replace(settings, residency=residency), size
+    for kv_type in ("q8_0", "q4_0") if free else (settings.kv_type,):
+        for tiles in range(most, 0, -1):
+            yield replace(settings, residency=residency, kv_type=kv_type, max_tiles=tiles), size
+
+
+def _plan(model: ModelSizes, settings: MachineSettings, engines: EngineSettings) -> RequestPlan:
+    """For the picture with the most image tokens."""
+    processor = limit_tiles(model.processor, settings.max_tiles)
+    width, height = largest_picture(processor)
+    return plan_request(
+        model, width, height, request_settings(settings, engines), max_tiles=settings.max_tiles
+    )
+
+
+def request_settings(settings: MachineSettings, engines: EngineSettings) -> RequestSettings:
+    """What the planner has to know."""
+    import platform
+
+    here = family(platform.machine())
+    return RequestSettings(
+        answer_tokens=DEFAULT_MAX_TOKENS,
+        kv_type=settings.kv_type,
+        batch_size=engines.batch_size,
+        flash_attention=engines.flash_attention != "off",
+        repack=engines.repack,
+        residency="in-turns" if settings.residency == "in-turns" else "together",
+        tiles_per_call=engines.tiles_per_call,
+        processor_family=here if here in cost.REPACKED else "x86",
+    )
+
+
+def largest_picture(processor: ImageProcessor) -> tuple[int, int]:
+    """Width and height of a photo with as many image tokens as any can have."""
+    area = PHOTO * processor.max_pixels
+    ratios = [a / b for a in range(1, processor.max_crops + 1) for b in (1, 2, 3, 4, 6, 12)]
+    shapes = [(round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))) for ratio in ratios]
+
+    def tokens(shape: tuple[int, int]) -> int:
+        return n_image_tokens(plan_tiling(shape[1], shape[0], processor), processor)
+
+    return max(shapes, key=tokens)
+
+
+def tiles_within(
+    seconds: float,
+    sizes: Sequence[tuple[int, int]],
+    manifest: Manifest,
+    settings: MachineSettings,
+    engines: EngineSettings,
+    speeds: Speeds | None,
+) -> int:
+    """The most tiles a picture with which the answer begins in ``seconds``, loading not counted.
+
+    Args:
+        seconds: from the question to the first token.
+        sizes: (width, height) of the pictures.
+        manifest: of the bundle.
+        settings: as loaded.
+        engines: as loaded.
+        speeds: measured by ``edge-vlm tune``.
+
+    Raises:
+        BudgetError: there are no speeds, or one tile a picture takes longer.
+    """
+    if speeds is None:
+        raise BudgetError(
+            "within: how fast this machine is was not measured; run 'edge-vlm tune' once"
+        )
+    model, most = ModelSizes.of(manifest), manifest.image_processor.max_crops
+    request = request_settings(settings, engines)
+    predicted = 0.0
+    for tiles in range(min(most, settings.max_tiles or most), 0, -1):
+        plans = [
+            plan_request(model, *size, request, max_tiles=tiles, speeds=speeds) for size in sizes
+        ]
+        predicted = sum(plan.seconds.first_token for plan in plans if plan.seconds)
+        if predicted <= seconds:
+            _log.warning(
+                "within %g s: %s, first token in about %.3g s", seconds, _tiles(tiles), predicted
+            )
+            return tiles
+    raise BudgetError(
+        f"within {seconds:g} s: even one tile a picture takes about {predicted:.3g} s"
+    )
+
+
+def _tiles(n: int | None) -> str:
+    if n is None:
+        return "all tiles"
+    return f"at most {n} tile{'s' if n > 1 else ''} a picture"

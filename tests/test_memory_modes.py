@@ -1,0 +1,175 @@
+"""KV types, taking turns, and what the engines' settings leave as it is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_vlm import EdgeVLM, MachineSettings
+from edge_vlm.bundle import Bundle as OpenBundle
+from edge_vlm.decoder import Decoder
+from edge_vlm.engine_settings import EngineSettings, engine_defaults, untuned
+from edge_vlm.errors import InputError
+from edge_vlm.folders import embedded_bundle
+from edge_vlm.machine import KV_TYPES
+
+PICTURES = sorted((Path(__file__).parents[1] / "examples").rglob("*.[jp][pn]g"))[:2]
+QUESTION = "What is in the picture?"
+
+
+def settings(**values: Any) -> MachineSettings:
+    return MachineSettings(**{"threads": 1, "cache": None, "tile_memory": 0, **values})
+
+
+@pytest.fixture(scope="module")
+def together() -> Iterator[EdgeVLM]:
+    with EdgeVLM.load("demo", settings=settings(residency="together")) as vlm:
+        yield vlm
+
+
+@pytest.fixture(scope="module")
+def in_turns() -> Iterator[EdgeVLM]:
+    with EdgeVLM.load("demo", settings=settings(residency="in-turns")) as vlm:
+        yield vlm
+
+
+def test_taking_turns_does_not_change_a_conversation(together: EdgeVLM, in_turns: EdgeVLM) -> None:
+    answers = []
+    for vlm in (together, in_turns):
+        with vlm.chat(max_tokens=6) as chat:
+            said = [chat.ask(QUESTION, PICTURES[0]), chat.ask("And now?", PICTURES[1])]
+            said.append(chat.ask("What was in the first one?"))
+            answers.append([(a.token_ids, a.prompt_tokens, a.cached_tokens) for a in said])
+    assert answers[0] == answers[1]
+    assert answers[0][2][2] > 0
+
+
+def test_only_one_of_the_two_is_in_memory(in_turns: EdgeVLM) -> None:
+    engine = in_turns._loaded()
+    seen: list[tuple[str, bool, bool]] = []
+
+    def look(progress: Any) -> None:
+        loaded = engine.vision._session is not None, engine.decoder._model is not None
+        seen.append((progress.stage, *loaded))
+
+    in_turns.ask(PICTURES[0], QUESTION, max_tokens=2, progress=look)
+    assert all(not (vision and decoder) for _, vision, decoder in seen)
+    assert ("vision", True, False) in seen
+    assert ("decode", False, True) in seen
+
+
+def test_a_working_decoder_is_not_released(in_turns: EdgeVLM) -> None:
+    whole = in_turns.ask((), "Count to ten.", max_tokens=8)
+    with in_turns.stream((), "Count to ten.", max_tokens=8) as stream:
+        pieces = [next(stream)]
+        other = threading.Thread(
+            target=in_turns.ask, args=(PICTURES[0], QUESTION), kwargs={"max_tokens": 1}
+        )
+        other.start()
+        other.join()
+        pieces += stream
+    assert stream.answer.token_ids == whole.token_ids
+    assert "".join(pieces).strip() == whole.answer
+
+
+def test_kv_types_take_the_memory_they_say() -> None:
+    """Measured on what llama.cpp hands out, which is K, V and a header."""
+    opened = OpenBundle.open(embedded_bundle())
+    sizes = {}
+    for kv_type, per_element in KV_TYPES.items():
+        decoder = Decoder(opened, kv_type=kv_type)
+        with decoder.context(512) as context:
+            context.append_tokens([5] * 500)
+            sizes[kv_type] = context.state().nbytes
+            expected = 500 * opened.manifest.decoder.kv_bytes_per_token(per_element)
+            assert expected <= sizes[kv_type] <= 1.02 * expected + 8192
+        decoder.close()
+    assert sizes["q4_0"] < 0.6 * sizes["q8_0"] < 0.4 * sizes["f16"]
+
+
+def _answer_logits(kv_type: str, flash_attention: str = "off") -> Any:
+    engines = EngineSettings(**{**vars(untuned()), "flash_attention": flash_attention})
+    decoder = Decoder(OpenBundle.open(embedded_bundle()), engines, kv_type=kv_type)
+    with decoder.context(256) as context:
+        context.append_tokens(list(range(7, 207)), logits=True)
+        return context.logits()[:1024]
+
+
+def test_what_a_smaller_kv_cache_costs() -> None:
+    exact = _answer_logits("f32")
+    span = exact.max() - exact.min()
+    error = {
+        kv_type: np.abs(_answer_logits(kv_type) - exact).max() / span
+        for kv_type in ("f16", "q8_0", "q4_0")
+    }
+    assert error["f16"] < 0.002
+    assert error["f16"] < error["q8_0"] < 0.05
+    assert error["q8_0"] < error["q4_0"] < 0.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threads": 2},
+        {"batch_size": 17},
+        {"flash_attention": "on"},
+        {"repack": True},
+        {"mmap": False},
+        {"spinning": True},
+        {"tiles_per_call": 3},
+    ],
+    ids=lambda change: "-".join(map(str, *change.items())),
+)
+def test_engine_settings_do_not_change_an_answer(together: EdgeVLM, change: dict[str, Any]) -> None:
+    expected = together.ask(PICTURES[0], QUESTION, max_tokens=8)
+    with EdgeVLM.load("demo", settings=settings(**change)) as vlm:
+        assert vlm.ask(PICTURES[0], QUESTION, max_tokens=8).token_ids == expected.token_ids
+
+
+def test_given_beats_tuned_beats_default() -> None:
+    tuned = EngineSettings(**{**vars(untuned()), "batch_size": 64, "vision_threads": 3})
+    assert MachineSettings().engine_settings() == untuned()
+    assert MachineSettings().engine_settings(tuned) == tuned
+    given = MachineSettings(threads=5, vision_threads=2).engine_settings(tuned)
+    assert (given.threads, given.prefill_threads, given.vision_threads) == (5, 5, 2)
+    assert given.batch_size == 64
+    assert engine_defaults().spinning
+
+
+def test_engine_settings_from_the_environment() -> None:
+    names = {
+        "EDGE_VLM_BATCH_SIZE": "64",
+        "EDGE_VLM_REPACK": "0",
+        "EDGE_VLM_FLASH_ATTENTION": "on",
+        "EDGE_VLM_KV_TYPE": "q8_0",
+        "EDGE_VLM_RESIDENCY": "in-turns",
+    }
+    found = MachineSettings.from_environment(names)
+    assert (found.batch_size, found.repack, found.flash_attention) == (64, False, "on")
+    assert (found.kv_type, found.residency) == ("q8_0", "in-turns")
+    with pytest.raises(InputError, match="residency"):
+        MachineSettings.from_environment({"EDGE_VLM_RESIDENCY": "never"})
+
+
+@pytest.mark.parametrize("bad", [{"repack": 1}, {"flash_attention": "x"}, {"tiles_per_call": 0}])
+def test_engine_settings_are_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        MachineSettings(**bad)
+
+
+def test_crops_of_one_call_are_those_of_many(bundle: Callable[..., Path]) -> None:
+    from edge_vlm.tiling import cut_tiles
+    from edge_vlm.vision import VisionTower
+
+    opened = OpenBundle.open(bundle("tiny-126-tied"))
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    tiles = cut_tiles(pixels, opened.manifest.image_processor)
+    assert len(tiles.crops) > 4
+    engines = [EngineSettings(**{**vars(untuned()), "tiles_per_call": n}) for n in (1, 4)]
+    found = [VisionTower(opened, one).encode(tiles) for one in engines]
+    np.testing.assert_allclose(found[0], found[1], atol=2e-4)
