@@ -1,0 +1,31 @@
+"""What the benchmark scripts share: the command they measure, and where results go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def bench(command: str, *arguments: str) -> dict[str, Any]:
+    """``edge-vlm bench --json`` with further arguments."""
+    done = subprocess.run(
+        [command, "bench", "--json", *arguments], stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def save(name: str, data: dict[str, Any]) -> None:
+    """Write ``results/NAME.json``, with the command that measured it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    path.write_text(json.dumps({**data, "command": " ".join(command)}, indent=1) + "\n", "utf-8")
+    print(path, file=sys.stderr)

@@ -1,0 +1,214 @@
+"""benchmarks/RESULTS.md and its plots from benchmarks/results/*.json.
+
+    python benchmarks/render.py
+
+Needs matplotlib (extra 'dev'). A result that was not measured is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+HERE = Path(__file__).parent
+HEAD = """# Results
+
+Written by `benchmarks/render.py` from `benchmarks/results/`; each table names the command that
+measures it. Medians; compare numbers of one table, not of two.
+"""
+Result = dict[str, Any]
+MEASURES = (
+    ("vision_seconds_per_tile", "vision, s a tile", 1.0),
+    ("prefill_tokens_per_second", "prefill, tokens/s", 1.0),
+    ("decode_tokens_per_second", "decode, tokens/s", 1.0),
+    ("first_token_seconds", "first token after, s", 1.0),
+    ("peak_rss_bytes", "peak memory, MB", 1e6),
+)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}"
+
+
+def against_defaults(result: Result) -> str:
+    """edge-vlm, the engines' defaults, and the ratio."""
+    parts = []
+    names = list(result["results"])
+    for index, ratios in enumerate(result["ratios"]):
+        width, height = ratios["size"]
+        medians = [result["results"][name]["sizes"][index]["median"] for name in names]
+        rows = [
+            [
+                label,
+                *(number(median[key] / divisor) for median in medians),
+                f"{ratios[key]:.2f}",
+            ]
+            for key, label, divisor in MEASURES
+        ]
+        crops, tokens = medians[0]["crops"], medians[0]["image_tokens"]
+        parts.append(
+            f"{width}x{height}: {crops} crops, {tokens} image tokens\n\n"
+            + table(["", *names, "ratio"], rows)
+        )
+    for name in names:
+        precision = result["results"][name]["precision"]
+        parts.append(f"{name}: vision {precision['vision']}, decoder {precision['decoder']}.")
+    return "\n\n".join(parts)
+
+
+def against_pytorch(result: Result) -> str:
+    """Each with the ratio of edge-vlm to it."""
+    medians = result["medians"]
+    own = medians["edge-vlm"]["first_token_seconds"]
+    rows = [
+        [
+            name,
+            *(number(values[key] / divisor) for key, _, divisor in MEASURES),
+            f"{own / values['first_token_seconds']:.2f}",
+        ]
+        for name, values in medians.items()
+    ]
+    return table(["", *(label for _, label, _ in MEASURES), "edge-vlm's time to its"], rows)
+
+
+def against_openvino(result: Result) -> str:
+    """Seconds a tile."""
+    rows = [[name, number(seconds)] for name, seconds in result["seconds_per_tile"].items()]
+    return f"Vision graph in {result['precision']}.\n\n" + table(["", "s a tile"], rows)
+
+
+def beside_other_programs(result: Result) -> str:
+    """Part of the quiet speed that is left."""
+    rows = [
+        [name, *(f"{value:.0%}" for value in values.values())]
+        for name, values in result["kept"].items()
+    ]
+    return table(["part of the quiet speed", "vision", "prefill", "decode"], rows)
+
+
+def tiles(result: Result) -> str:
+    """Cost by number of crops, and a plot of it."""
+    points = result["points"]
+    keys = (
+        ("crops", "crops", 1.0),
+        ("image_tokens", "image tokens", 1.0),
+        ("vision_seconds", "vision, s", 1.0),
+        ("prefill_seconds", "prefill, s", 1.0),
+        ("first_token_seconds", "first token after, s", 1.0),
+        ("peak_rss_bytes", "peak memory, MB", 1e6),
+    )
+    rows = [[number(point[key] / divisor) for key, _, divisor in keys] for point in points]
+    crops = [point["crops"] for point in points]
+
+    def draw(axes: Any) -> None:
+        axes.stackplot(
+            crops,
+            [point["vision_seconds"] for point in points],
+            [point["prefill_seconds"] for point in points],
+            labels=["vision", "prefill"],
+        )
+        axes.set(xlabel="crops, the thumbnail included", ylabel="seconds")
+        axes.legend(loc="upper left")
+
+    return f"{table([label for _, label, _ in keys], rows)}\n\n{plot('tiles', draw)}"
+
+
+def quantizations(result: Result) -> str:
+    """Right answers by size, and a plot of it."""
+    points = sorted(result["points"], key=lambda point: point["bytes"])
+    rows = [
+        [
+            point["name"],
+            number(point["bytes"] / 1e6),
+            f"{point['right'] / point['questions']:.1%}",
+            number(point["vision_seconds_per_tile"]),
+            number(point["prefill_tokens_per_second"]),
+            number(point["decode_tokens_per_second"]),
+        ]
+        for point in points
+    ]
+    header = ["vision, decoder", "MB", "right", "s a tile", "prefill, /s", "decode, /s"]
+
+    def draw(axes: Any) -> None:
+        for point in points:
+            share = 100 * point["right"] / point["questions"]
+            axes.plot(point["bytes"] / 1e6, share, "o")
+            axes.annotate(point["name"], (point["bytes"] / 1e6, share), fontsize=7)
+        axes.set(xlabel="bundle, MB", ylabel="right answers, %")
+
+    questions = points[0]["questions"]
+    return (
+        f"{questions} held-out questions to the demo model.\n\n{table(header, rows)}\n\n"
+        f"{plot('quantizations', draw)}"
+    )
+
+
+def agreement(result: Result) -> str:
+    """Tokens that are the same."""
+    rows = [
+        [
+            row["name"],
+            f"{row['same_tokens'] / row['tokens']:.2%}",
+            f"{row['same_answers']} of {result['questions']}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["setting", "tokens that agree", "same answers"], rows)
+
+
+def plot(name: str, draw: Callable[[Any], None]) -> str:
+    """Write plots/NAME.png and return the line that shows it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (HERE / "plots").mkdir(exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    draw(axes)
+    axes.grid(alpha=0.3)
+    figure.savefig(HERE / "plots" / f"{name}.png", dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    return f"![{name}](plots/{name}.png)"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
+    ("against_defaults", "Against the engines' defaults", against_defaults),
+    ("beside_other_programs", "Beside another program", beside_other_programs),
+    ("against_pytorch", "Against PyTorch", against_pytorch),
+    ("against_openvino", "Against OpenVINO", against_openvino),
+    ("tiles", "As the tiles grow", tiles),
+    ("quantizations", "Quality against size and speed", quantizations),
+    ("agreement", "Answers under other settings", agreement),
+)
+
+
+def main() -> None:
+    parts = [HEAD]
+    for name, title, section in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        machine = result["machine"]
+        versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+        parts.append(
+            f"## {title}\n\n{section(result)}\n\n`{result['command']}`\n\n{result['date']},"
+            f" {machine['processor']}, {machine['cores']} cores, {machine['system']}; {versions}.\n"
+        )
+    (HERE / "RESULTS.md").write_text("\n".join(parts), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
