@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from edge_vlm_export.checkpoint import Checkpoint, Float32, Shape, Tensor
 from edge_vlm_export.config import Settings, read_settings
 from edge_vlm_export.synthesize import config_folder, random_values, tensor_shapes
@@ -33,6 +32,9 @@ from edge_vlm_export.vision import build_vision, write_vision
 from edge_vlm_export.vision_recipe import Range, Recipe
 from edge_vlm_export.vision_stages import Tower
 
+from edge_vlm.engines import import_onnxruntime
+
+ort = import_onnxruntime()
 BASE = "fp32 cpu"
 TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
 

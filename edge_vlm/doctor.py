@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from edge_vlm.engines import import_onnxruntime
 from edge_vlm.hardware import Machine, default_threads, this_machine
 from edge_vlm.providers import GPU_INSTALL, PROVIDERS, candidates
 
@@ -97,9 +98,7 @@ def examine() -> Report:
     build: SystemInfo = {}
     offload = False
     try:
-        import onnxruntime
-
-        providers = tuple(onnxruntime.get_available_providers())
+        providers = tuple(import_onnxruntime().get_available_providers())
     except Exception as error:  # a broken installation can raise anything
         errors.append(f"onnxruntime does not load: {_one_line(error)}")
     try:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.cancel import CancelToken
 from edge_vlm.engine_settings import EngineSettings, untuned
+from edge_vlm.engines import import_onnxruntime
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
 from edge_vlm.memory import give_back_memory
 from edge_vlm.onnx_scan import external_files
@@ -119,7 +120,7 @@ class VisionTower:
         path = self._bundle.file(VISION_NAME)
         if self._stamp() != self._stamps:
             raise BundleError(f"{path.parent}: was changed after it was loaded; load it again")
-        import onnxruntime as ort
+        ort = import_onnxruntime()
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._engines.vision_threads
@@ -193,7 +194,7 @@ class VisionTower:
 
     def _run(self, output: str, feed: dict[str, Any], cancel: CancelToken | None) -> Float32:
         session = self.load()
-        import onnxruntime as ort
+        ort = import_onnxruntime()
 
         run = ort.RunOptions()
         run.log_severity_level = self._severity
@@ -246,9 +247,7 @@ def _version() -> str:
     try:
         return metadata.version("onnxruntime")
     except metadata.PackageNotFoundError:  # a build for some accelerator has another name
-        import onnxruntime as ort
-
-        return str(ort.__version__)
+        return str(import_onnxruntime().__version__)
 
 
 def _first_line(error: Exception) -> str:

@@ -327,3 +327,15 @@ def test_all_example_questions() -> None:
         for question in questions:
             path = EXAMPLES / "images" / Path(question["image"]).name
             assert str(vlm.ask(path, question["question"])) == question["answer"], question
+
+
+def test_no_engine_leaves_traces_or_sends_events(
+    run: Run, tmp_path: Path, golden: dict[str, GoldenModel]
+) -> None:
+    """onnxruntime's packages write a device id and queue events, unless told not to."""
+    image = golden[MODEL].cases["image_chart"].images[0]
+    homes = {f"XDG_{name}_HOME": str(tmp_path / name) for name in ("CACHE", "DATA", "STATE")}
+    result = run("ask", image, "What?", "--max-tokens", "1", HOME=str(tmp_path), **homes)
+    assert result.returncode == 0, result.stderr
+    written = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*")}
+    assert {names[1] for names in written if len(names) > 1} <= {"edge-vlm"}

@@ -124,7 +124,6 @@ def test_the_bundle_is_the_exported_checkpoint(tmp_path: Path) -> None:
         CHECKPOINT,
         tmp_path / "demo",
         vision=manifest.vision.precision,
-        target="portable",
         decoder=manifest.decoder.precision,
         name=manifest.model.name,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.engines import import_onnxruntime
 from edge_vlm.errors import EdgeVLMError
 from edge_vlm_export.llama import silent_llama
 
@@ -24,7 +25,7 @@ def verify_bundle(folder: Path) -> None:
 
 
 def _verify_vision(bundle: Bundle) -> None:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_vlm.engines import import_onnxruntime
 from edge_vlm_export.calibration_tiles import CalibrationTiles
 from edge_vlm_export.checkpoint import Checkpoint, Float32
 from edge_vlm_export.config import Settings
@@ -173,8 +174,7 @@ class StageRunner:
 
 def session(model: bytes | str) -> Any:
     """A quiet onnxruntime session for a model in memory or a path."""
-    import onnxruntime as ort
-
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = False  # gives memory back after each run
