@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from edge_vlm_export import export_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from edge_vlm.speeds import Speeds
 from edge_vlm.tuning import Tuning, store_tuning
 from tests.conftest import Run
 
+CHECKPOINT = Path(__file__).parents[1] / "models" / "demo" / "checkpoint"
 LARGEST = (2728, 2046)
 SPEEDS = Speeds(
     load_seconds=2.0,
@@ -346,8 +348,9 @@ def test_manifests_without_the_planners_sizes_have_siglips_proportions() -> None
     assert (widths.n_heads, widths.ffn_size) == (16, 4304)
 
 
-def test_weights_of_a_vision_graph() -> None:
-    sizes = ModelSizes.of(Bundle.open(embedded_bundle()).manifest)
+def test_weights_of_a_vision_graph(tmp_path: Path) -> None:
+    folder = export_checkpoint(CHECKPOINT, tmp_path / "demo", vision="fp16", decoder="f16")
+    sizes = ModelSizes.of(Bundle.open(folder).manifest)
     half_precision = 2 * sizes.vision.n_weights(sizes.processor)
     assert half_precision == pytest.approx(sizes.vision_bytes, rel=0.05)
 
