@@ -109,7 +109,7 @@ class Result:
         self.families[question.family].add(is_right)
         self.languages[question.language].add(is_right)
         self.both.setdefault(f"{question.family}/{question.language}", Score()).add(is_right)
-        self.same_as_first.add(answer == first)
+        self.same_as_first.add(normal(answer) == normal(first))
         if not is_right:
             self.mistakes.append({**question._asdict(), "said": answer, "kind": kind})
 
