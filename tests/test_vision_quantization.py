@@ -19,7 +19,7 @@ from edge_vlm_export.checkpoint import Checkpoint
 from edge_vlm_export.config import Settings, read_settings
 from edge_vlm_export.smoothing import Inputs, clipped_range, input_range, round_to
 from edge_vlm_export.tokenizer import read_tokenizer
-from edge_vlm_export.vision_budget import fit, loss
+from edge_vlm_export.vision_budget import Loss, fit, loss
 from edge_vlm_export.vision_quantize import VisionReport, calibrate, write_vision_quantized
 from edge_vlm_export.vision_recipe import Range, Recipe
 from edge_vlm_export.vision_stages import Tower
@@ -326,6 +326,11 @@ def test_a_budget_out_of_reach_keeps_everything(tiny: Source, tmp_path: Path) ->
     assert set(report.kept) == set(tiny.tower.products)
     assert not report.meets_budget
     assert 0.999 < report.cosine_mean < 1
+
+
+def test_a_wide_budget_asks_for_no_less_than_any_cosine() -> None:
+    assert Loss.least_worst(0.995) == pytest.approx(0.98)
+    assert Loss.least_worst(0.001) == -1
 
 
 WEIGHTS = arrays(

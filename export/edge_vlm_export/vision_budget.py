@@ -45,7 +45,7 @@ class Loss:
     @staticmethod
     def least_worst(min_cosine: float) -> float:
         """What the worst hundredth has to reach."""
-        return 1 - WORST_FACTOR * (1 - min_cosine)
+        return max(-1.0, 1 - WORST_FACTOR * (1 - min_cosine))
 
     def excess(self, min_cosine: float) -> float:
         """The loss in units of the budget: at most 1 when it is met."""
