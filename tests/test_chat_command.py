@@ -104,9 +104,9 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     terminal = Terminal(*ARGUMENTS, RECEIPT, cwd=tmp_path)
     terminal.wait_for("> $")
     terminal.type("What is the total?\n")
-    terminal.wait_for(r"\r15\.11\r\n> $")
+    terminal.wait_for(r"\r43\.98\r\n> $")
     terminal.type("Which date is printed?\n")
-    terminal.wait_for(r"\r05\.02\.2028\r\n> $")
+    terminal.wait_for(r"\r15.08.2028\r\n> $")
     terminal.type("/stats\n")
     cached = terminal.wait_for(r"(\d+) tokens prefilled, (\d+) were cached")
     assert int(cached[1]) < 25
@@ -114,7 +114,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     terminal.wait_for("> $")
     terminal.type("\x1b[A\x1b[A\n")  # up, up: the line before
     terminal.wait_for(r"Which date is printed\?\r\n")
-    terminal.wait_for(r"\r05\.02\.2028\r\n> $")
+    terminal.wait_for(r"\r15.08.2028\r\n> $")
     terminal.type("/nonsense\n")
     terminal.wait_for("no such command")
     terminal.wait_for("> $")
@@ -161,11 +161,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
 
 def test_lines_from_a_pipe(tmp_path: Path) -> None:
     result = pipe("What is the total?\n\nWhich date is printed?\n", RECEIPT, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, "15.11\n05.02.2028\n")
+    assert (result.returncode, result.stdout) == (0, "43.98\n15/08/2028\n")
     result = pipe("What is the total?\n/nope\nAnd?\n", RECEIPT, "--json", cwd=tmp_path)
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.returncode == 2
-    assert answers[0]["answer"] == "15.11"
+    assert answers[0]["answer"] == "43.98"
     assert "/nope" in answers[1]["error"]
     assert answers[2]["cached_tokens"] >= answers[0]["prompt_tokens"]
 
@@ -182,7 +182,7 @@ What is the total?
 /retry
 """
     result = pipe(talk, RECEIPT, "-v", cwd=tmp_path)
-    assert result.stdout == "15.11\n" * 3
+    assert result.stdout == "43.98\n" * 3
     assert "took back: What is the total?; its pictures go with the next question" in result.stderr
     prefilled = re.findall(r"(\d+) tokens prefilled", result.stderr)
     assert [int(n) for n in prefilled[-2:]] == [1, 1]  # the last position, for its logits
@@ -194,7 +194,7 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     pipe(f"/image {RECEIPT}\nWhat is the total?\n/save talk.json\n", cwd=tmp_path)
     data = json.loads((tmp_path / "talk.json").read_text())
     assert data["messages"][0]["content"][0]["image_url"]["url"] == RECEIPT
-    assert data["messages"][1] == {"role": "assistant", "content": "15.11"}
+    assert data["messages"][1] == {"role": "assistant", "content": "43.98"}
     assert stat.S_IMODE((tmp_path / "talk.json").stat().st_mode) & 0o077 == 0
     result = pipe(
         "/images\nWhich date is printed?\n/undo\n/undo\n/undo\n",
@@ -202,7 +202,7 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
         "talk.json",
         cwd=tmp_path,
     )
-    assert result.stdout == "05.02.2028\n"
+    assert result.stdout == "15/08/2028\n"
     assert result.stderr.count("took back") == 2
     asked = subprocess.run(
         [COMMAND, "ask", "--messages", "talk.json", "Which date is printed?", *ARGUMENTS[1:]],
@@ -211,7 +211,7 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
         cwd=tmp_path,
         timeout=60,
     )
-    assert asked.stdout == "05.02.2028\n"
+    assert asked.stdout == "15/08/2028\n"
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
@@ -228,7 +228,7 @@ def test_files_that_cannot_be_loaded_change_nothing(tmp_path: Path) -> None:
         RECEIPT,
         cwd=tmp_path,
     )
-    assert result.stdout == "15.11\n"
+    assert result.stdout == "43.98\n"
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
     for words, line in zip(
         ("wizard|role", "not valid JSON", "missing.png", "no such file", "nowhere", "missing.png"),
@@ -258,7 +258,7 @@ def test_a_full_context_drops_questions_and_keeps_pictures(tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     assert "forgot" in result.stderr
     assert len(answers) == 6
-    assert all(answer["image_tokens"] == 82 for answer in answers)
+    assert all(answer["image_tokens"] == 106 for answer in answers)
     # The picture is in front of what was dropped: it is not prefilled again.
     assert all(answer["cached_tokens"] > 82 for answer in answers[1:])
     assert "1. " in result.stderr
@@ -293,14 +293,14 @@ def test_fifty_turns(vlm: EdgeVLM) -> None:
 def test_undo_forgets_the_picture_too(vlm: EdgeVLM) -> None:
     """Another picture in the same place is not mistaken for the one that was taken back."""
     other = PICTURES / "table-1.png"
-    expected = vlm.ask(other, "What is the price of Lemons?")
+    expected = vlm.ask(other, "What is the price of Flour?")
     with vlm.chat() as chat:
-        chat.ask("What is the price of Lemons?", RECEIPT)
+        chat.ask("What is the price of Flour?", RECEIPT)
         assert [m.role for m in chat.undo()] == ["user", "assistant"]
-        answer = chat.ask("What is the price of Lemons?", other)
+        answer = chat.ask("What is the price of Flour?", other)
         assert answer.token_ids == expected.token_ids
         chat.undo()
-        again = chat.ask("What is the price of Lemons?", other)
+        again = chat.ask("What is the price of Flour?", other)
         assert again.cached_tokens == again.prompt_tokens - 1
         assert chat.undo()
         assert chat.undo() == ()

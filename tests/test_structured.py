@@ -144,7 +144,7 @@ def test_choices_have_probabilities_that_sum_to_one(vlm: EdgeVLM) -> None:
 def test_probabilities_are_those_of_the_model(vlm: EdgeVLM) -> None:
     """Each choice's ids and the stop computed in one run of their own, from an empty KV cache."""
     picture, question = PICTURES / "receipt-1.png", "What is the total?"
-    choices = ["15.11", "15.1", "15.10", "no"]
+    choices = ["43.98", "43.9", "43.90", "no"]
     answer = vlm.ask(picture, question, choices=choices)
     engine = vlm._engine
     assert engine is not None
@@ -426,10 +426,10 @@ def test_the_command_takes_forms(tmp_path: Path) -> None:
     result = run("--schema", "s.json", "--max-tokens", "60", "--json", cwd=tmp_path)
     data = json.loads(result.stdout)
     assert data["parsed"] == json.loads(data["answer"])
-    result = run("--choices", "15.11, 12.00,none", "--json", cwd=tmp_path)
+    result = run("--choices", "43.98, 12.00,none", "--json", cwd=tmp_path)
     data = json.loads(result.stdout)
-    assert data["answer"] == "15.11"
-    assert list(data["choices"]) == ["15.11", "12.00", "none"]
+    assert data["answer"] == "43.98"
+    assert list(data["choices"]) == ["43.98", "12.00", "none"]
     assert re.fullmatch(r"\d+\.\d\d\n", run("--regex", r"\d+\.\d\d", cwd=tmp_path).stdout)
 
 
