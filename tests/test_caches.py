@@ -200,6 +200,21 @@ def test_a_tile_is_encoded_once_wherever_it_is(
         assert same(answer, plain.ask(changed_picture, "What?", max_tokens=8))
 
 
+def test_the_last_tile_is_not_taken_for_another(
+    plain: EdgeVLM, bundle: Callable[..., Path]
+) -> None:
+    """All crops of a grey picture are the same, but the last one gets a padding vector."""
+    grey = np.full((240, 320, 3), 128, np.uint8)
+    with EdgeVLM.load(bundle(MODEL), settings=settings(None)) as vlm:
+        engine = vlm._loaded()
+        tiles = cut_tiles(grey, vlm.manifest.image_processor)
+        found, n_known = engine.tiles.encode(tiles)
+        exact = engine.vision.encode(tiles)
+    assert n_known == len(tiles.crops) - 2
+    assert not np.allclose(exact[-1], exact[0])
+    assert np.array_equal(found, exact)
+
+
 def test_memory_alone_keeps_tiles_too(
     bundle: Callable[..., Path], chart: Path, plain: EdgeVLM
 ) -> None:
