@@ -7,7 +7,7 @@ says which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_vlm import cost
 from edge_vlm.machine import KV_TYPES
@@ -62,32 +62,28 @@ _PI_SOURCES = (
     "load: a microSD card of 90 MB/s; an SSD is four to eight times as fast",
 )
 
+_PI_5 = DeviceProfile(
+    name="raspberry-pi-5-8gb",
+    title="Raspberry Pi 5, 8 GB, four Cortex-A76 cores",
+    memory=8 << 30,
+    processor_family="arm",
+    prefill_flops=126e9,
+    vision_flops=77e9,
+    vision_int8_flops=126e9,
+    decode_bytes=10.1e9,
+    load_bytes=90e6,
+    sources=_PI_SOURCES,
+)
+
 PROFILES = {
     profile.name: profile
     for profile in (
-        DeviceProfile(
-            name="raspberry-pi-5-8gb",
-            title="Raspberry Pi 5, 8 GB, four Cortex-A76 cores",
-            memory=8 << 30,
-            processor_family="arm",
-            prefill_flops=126e9,
-            vision_flops=77e9,
-            vision_int8_flops=126e9,
-            decode_bytes=10.1e9,
-            load_bytes=90e6,
-            sources=_PI_SOURCES,
-        ),
-        DeviceProfile(
+        _PI_5,
+        replace(
+            _PI_5,
             name="raspberry-pi-5-4gb",
             title="Raspberry Pi 5, 4 GB, four Cortex-A76 cores",
             memory=4 << 30,
-            processor_family="arm",
-            prefill_flops=126e9,
-            vision_flops=77e9,
-            vision_int8_flops=126e9,
-            decode_bytes=10.1e9,
-            load_bytes=90e6,
-            sources=_PI_SOURCES,
         ),
         DeviceProfile(
             name="jetson-orin-nano-8gb",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import PromptError
+from edge_vlm.errors import EdgeVLMError, PromptError
 from edge_vlm.folders import label
 from edge_vlm.messages import Message, openai_messages
+from edge_vlm.write import write_file
 
 MAX_BYTES = 512 << 20  # pictures may be inside, as data: URLs
 
@@ -26,19 +25,10 @@ def write_transcript(path: Path, messages: Sequence[Message]) -> None:
         PromptError: it cannot be written.
     """
     text = json.dumps({"messages": openai_messages(messages)}, ensure_ascii=False, indent=1)
-    temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".chat-", dir=path.resolve().parent)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PromptError(f"{label(path)}: {error.strerror or error}") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        write_file(path, f"{text}\n".encode(), private=True)
+    except EdgeVLMError as error:
+        raise PromptError(str(error)) from error
 
 
 def read_json(name: str, limit: int) -> Any:

@@ -11,8 +11,10 @@ from edge_vlm.errors import EdgeVLMError
 from edge_vlm.folders import label
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write beside ``path``, sync and rename, so that a reader finds the old file or the new one.
+
+    A ``private`` file may be read by the user alone.
 
     Raises:
         EdgeVLMError: the file system refuses; ``path`` is as it was.
@@ -20,7 +22,7 @@ def write_file(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
     try:
         try:
-            with part.open("xb") as file:
+            with open(part, "xb", opener=_private if private else None) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -31,3 +33,7 @@ def write_file(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise EdgeVLMError(f"{label(path)}: {error.strerror or error}") from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
-    ENGINE_OPTIONS,
     answer_options,
     hardware_options,
     image_options,
     json_option,
+    machine_settings,
     model_option,
     no_cache_option,
     verbose_option,
@@ -57,13 +57,6 @@ def command(
     messages: str | None,
     as_json: bool,
     verbose: bool,
-    kv_budget: int | None,
-    threads: int | None,
-    provider: str | None,
-    gpu_layers: str | int | None,
-    max_pixels: int | None,
-    allow_format: tuple[str, ...],
-    no_cache: bool,
     **options: Any,
 ) -> None:
     """Answer QUESTION about pictures; they come first, the question last.
@@ -78,20 +71,9 @@ def command(
     """
     request = _request(words, messages)
     from edge_vlm.cli.models import pick_model
-    from edge_vlm.machine import MachineSettings
     from edge_vlm.options import AskOptions
 
-    settings = MachineSettings.from_environment(
-        **{name: options.pop(name) for name in ENGINE_OPTIONS},
-        kv_budget=kv_budget,
-        threads=threads,
-        provider=provider,
-        gpu_layers=gpu_layers,
-        max_pixels=max_pixels,
-        image_formats=allow_format or None,
-    )
-    if no_cache:
-        settings = settings.without_cache()
+    settings = machine_settings(options)
     wanted = {name: value for name, value in options.items() if value is not None}
     if "schema" in wanted:
         from edge_vlm.json_schema import MAX_SCHEMA_BYTES

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
-    ENGINE_OPTIONS,
     answer_options,
     hardware_options,
     image_options,
     json_option,
+    machine_settings,
     model_option,
     no_cache_option,
     verbose_option,
@@ -67,13 +67,6 @@ def command(
     no_history: bool,
     as_json: bool,
     verbose: bool,
-    kv_budget: int | None,
-    threads: int | None,
-    provider: str | None,
-    gpu_layers: str | int | None,
-    max_pixels: int | None,
-    allow_format: tuple[str, ...],
-    no_cache: bool,
     **options: Any,
 ) -> None:
     """Talk about pictures: the first question is about the IMAGEs given, /image adds more.
@@ -88,20 +81,9 @@ def command(
     from edge_vlm.cli.line_input import LineInput
     from edge_vlm.cli.models import pick_model
     from edge_vlm.folders import state_folder
-    from edge_vlm.machine import MachineSettings
     from edge_vlm.options import AskOptions
 
-    settings = MachineSettings.from_environment(
-        **{name: options.pop(name) for name in ENGINE_OPTIONS},
-        kv_budget=kv_budget,
-        threads=threads,
-        provider=provider,
-        gpu_layers=gpu_layers,
-        max_pixels=max_pixels,
-        image_formats=allow_format or None,
-    )
-    if no_cache:
-        settings = settings.without_cache()
+    settings = machine_settings(options)
     wanted = {name: value for name, value in options.items() if value is not None}
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     for image in images:

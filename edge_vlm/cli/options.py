@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from edge_vlm.machine import MachineSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -203,3 +206,22 @@ def verbose_option(function: F) -> F:
     return click.option(
         "--verbose", "-v", is_flag=True, help="Say more on stderr, and more about errors."
     )(function)
+
+
+def machine_settings(options: dict[str, Any]) -> MachineSettings:
+    """The machine's settings from a command's options, which are taken out of ``options``.
+
+    They are those of ``answer_options``, ``hardware_options``, ``image_options`` and
+    ``no_cache_option``.
+
+    Raises:
+        InputError: one of them, or a variable of the environment, is out of its range.
+    """
+    from edge_vlm.machine import MachineSettings
+
+    given = ("kv_budget", "threads", "provider", "gpu_layers", "max_pixels")
+    settings = MachineSettings.from_environment(
+        **{name: options.pop(name) for name in (*ENGINE_OPTIONS, *given)},
+        image_formats=options.pop("allow_format") or None,
+    )
+    return settings.without_cache() if options.pop("no_cache") else settings

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
-    ENGINE_OPTIONS,
     answer_options,
     hardware_options,
     image_options,
+    machine_settings,
     model_option,
     no_cache_option,
     verbose_option,
@@ -84,13 +84,6 @@ def command(
     tolerance: float,
     model: str | None,
     verbose: bool,
-    kv_budget: int | None,
-    threads: int | None,
-    provider: str | None,
-    gpu_layers: str | int | None,
-    max_pixels: int | None,
-    allow_format: tuple[str, ...],
-    no_cache: bool,
     **options: Any,
 ) -> None:
     """Answer QUESTION about each new picture, one line of JSON for each.
@@ -111,22 +104,10 @@ def command(
     if existing and folder is None:
         raise click.UsageError("--existing goes with --dir")
     from edge_vlm.cli.models import pick_model
-    from edge_vlm.machine import MachineSettings
     from edge_vlm.options import AskOptions
     from edge_vlm.watch import Camera, Command, Folder
 
-    settings = MachineSettings.from_environment(
-        **{name: options.pop(name) for name in ENGINE_OPTIONS},
-        kv_budget=kv_budget,
-        threads=threads,
-        provider=provider,
-        gpu_layers=gpu_layers,
-        max_pixels=max_pixels,
-        image_formats=allow_format or None,
-    )
-    settings = dataclasses.replace(settings, cache=None)
-    if no_cache:
-        settings = settings.without_cache()
+    settings = dataclasses.replace(machine_settings(options), cache=None)
     wanted = {name: value for name, value in options.items() if value is not None}
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     source: Source
