@@ -51,7 +51,7 @@ class EngineSettings:
     vision_threads: int
     batch_size: int  # positions computed at once during prefill
     flash_attention: str  # off, on or auto; a quantized KV cache always has it on
-    repack: bool  # let llama.cpp interleave the weights' rows: another copy of them
+    repack: bool  # let llama.cpp interleave the weights' rows: with mmap, another copy of them
     mmap: bool  # map the decoder's file instead of reading it
     spinning: bool  # threads that wait for each other keep their core busy
     tiles_per_call: int  # crops encoded at once
@@ -65,19 +65,21 @@ def untuned() -> EngineSettings:
     """What is best on most machines of this kind.
 
     On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
-    18096, 19356, 19360). On x86 they were slower than the plain ones here, and take a second copy
-    of the weights. A spinning thread gains nothing that can be measured on a quiet machine, and
-    takes the core away from the thread it waits for on a busy one.
+    18096, 19356, 19360); the file is read then, as a mapped one would be a second copy. On x86 they
+    were slower than the plain ones here, which unpack a weight once for up to 256 positions. A
+    spinning thread gains nothing that can be measured on a quiet machine, and takes the core away
+    from the thread it waits for on a busy one.
     """
     threads = default_threads()
+    repack = platform.machine().lower() in ("aarch64", "arm64")
     return EngineSettings(
         threads=threads,
         prefill_threads=threads,
         vision_threads=threads,
-        batch_size=128,
+        batch_size=256,
         flash_attention="off",
-        repack=platform.machine().lower() in ("aarch64", "arm64"),
-        mmap=True,
+        repack=repack,
+        mmap=not repack,
         spinning=False,
         tiles_per_call=1,
     )

@@ -96,7 +96,7 @@ def _candidates(
     """From the best to the smallest."""
     given = settings.fixed_engine_settings()
     batch = engines.batch_size
-    smaller = [n for n in (64, 32) if n < batch and "batch_size" not in given]
+    smaller = [n for n in (128, 64, 32) if n < batch and "batch_size" not in given]
     auto = settings.residency == "auto"
     residencies = ("together", "in-turns") if auto else (settings.residency,)
     # f16 is what nobody asked for; q4_0 comes last because it is the one that costs quality.
@@ -130,6 +130,7 @@ def request_settings(settings: MachineSettings, engines: EngineSettings) -> Requ
         batch_size=engines.batch_size,
         flash_attention=engines.flash_attention != "off",
         repack=engines.repack,
+        mmap=engines.mmap,
         residency="in-turns" if settings.residency == "in-turns" else "together",
         tiles_per_call=engines.tiles_per_call,
         processor_family=here if here in cost.REPACKED else "x86",

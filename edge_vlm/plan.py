@@ -65,9 +65,10 @@ class RequestSettings:
     question_tokens: int = QUESTION_TOKENS  # of the prompt, besides the picture
     answer_tokens: int = 512  # room for them is made before the answer begins
     kv_type: str = "f16"
-    batch_size: int = 512
+    batch_size: int = 256
     flash_attention: bool = False  # always on with a quantized KV cache, which needs it
-    repack: bool = True  # let llama.cpp keep interleaved copies of matrices
+    repack: bool = False  # let llama.cpp interleave matrices: with mmap, copies of them
+    mmap: bool = True
     residency: str = "together"  # or in-turns: the vision session is released before the decoder
     tiles_per_call: int = 1
     processor_family: str = "x86"  # or arm; decides what is repacked
@@ -233,7 +234,7 @@ def plan_request(
         onnxruntime_arena=cost.arena_bytes(processor, vision, settings.tiles_per_call),
         decoder_weights=model.decoder_bytes,
         repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
-        if settings.repack
+        if settings.repack and settings.mmap
         else 0,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
         compute_buffers=cost.compute_bytes(

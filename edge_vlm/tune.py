@@ -27,7 +27,8 @@ from edge_vlm.worker import Worker
 Progress = Callable[[int, int], None]  # candidates done, candidates in total
 Measure = Callable[[EngineSettings], float]  # seconds
 
-PROMPT, ANSWER = 256, 16  # positions measured for a candidate
+# Positions measured for a candidate: enough for attention to have the part it has with a picture.
+PROMPT, ANSWER = 768, 16
 FINAL_PROMPT = 1024  # for the speeds that predictions use
 PAIRS = 3  # measurements of each of two values, at most
 HOPELESS = 1.15  # a candidate slower by so much after one pair is measured no more
@@ -82,6 +83,7 @@ class _Search:
         self._progress = progress
         self._stack = stack
         self._workers: dict[bool, Worker] = {}  # by spinning, which a process cannot change
+        self._prompt = min(PROMPT, self._manifest.decoder.max_sequence_length - 2 * ANSWER)
 
     def run(self) -> Tuning:
         steps = list(_steps(self._best, self._manifest, self._fixed))
@@ -96,6 +98,10 @@ class _Search:
                 candidate = replace(self._best, **{name: value})
                 if value == getattr(self._best, name):
                     continue
+                if name == "repack" and "mmap" not in self._fixed:
+                    candidate = replace(candidate, mmap=not value)  # one copy of the weights
+                if name == "mmap" and candidate.mmap and candidate.repack:
+                    continue  # two copies
                 if _is_faster(measure, self._best, candidate, MARGINS.get(name, DEFAULT_MARGIN)):
                     self._best = candidate
                 elif name in ("threads", "prefill_threads", "vision_threads", "tiles_per_call"):
@@ -114,7 +120,7 @@ class _Search:
         return self._workers[engines.spinning]
 
     def _decode_once(
-        self, engines: EngineSettings, prompt: int = PROMPT, answer: int = ANSWER
+        self, engines: EngineSettings, prompt: int, answer: int = ANSWER
     ) -> dict[str, Any]:
         return self._worker(engines).call(
             "decoder",
@@ -126,14 +132,14 @@ class _Search:
         )
 
     def _prefill(self, engines: EngineSettings) -> float:
-        return float(self._decode_once(engines, answer=1)["prefill"])
+        return float(self._decode_once(engines, self._prompt, answer=1)["prefill"])
 
     def _decode(self, engines: EngineSettings) -> float:
-        return float(self._decode_once(engines, prompt=32, answer=2 * ANSWER)["decode"])
+        return float(self._decode_once(engines, prompt=8, answer=2 * ANSWER)["decode"])
 
     def _request(self, engines: EngineSettings) -> float:
-        found = self._decode_once(engines)
-        prefill, decode = found["prefill"] / PROMPT, found["decode"] / ANSWER
+        found = self._decode_once(engines, self._prompt)
+        prefill, decode = found["prefill"] / self._prompt, found["decode"] / ANSWER
         return float(TYPICAL_PROMPT * prefill + TYPICAL_ANSWER * decode)
 
     def _vision(self, engines: EngineSettings, crops: int = 4) -> float:
@@ -172,7 +178,7 @@ def _steps(
     steps: list[tuple[str, str, Sequence[Any]]] = [
         ("repack", "request", (not start.repack,)),
         ("flash_attention", "request", ("on",)),
-        ("batch_size", "prefill", (64, 256, 512)),
+        ("batch_size", "prefill", (64, 128, 512)),
         ("prefill_threads", "prefill", (logical,)),
         ("threads", "decode", fewer),
         ("mmap", "request", (not start.mmap,)),
@@ -196,4 +202,5 @@ def _is_faster(
         theirs.append(measure(candidate))
         if min(theirs) > HOPELESS * min(ours):
             return False
-    return statistics.median(theirs) < (1 - margin) * statistics.median(ours)
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return statistics.median(ratios) < 1 - margin

@@ -162,8 +162,8 @@ class _Measurements:
             started = time.perf_counter()
             context.append_tokens(ids, logits=True)
             prefilled = time.perf_counter()
-            for token in ids[:answer]:
-                context.append_tokens([token], logits=True)
+            for index in range(answer):
+                context.append_tokens([ids[index % prompt]], logits=True)
             ended = time.perf_counter()
         return {"prefill": prefilled - started, "decode": ended - prefilled}
 

@@ -143,6 +143,17 @@ def test_given_beats_tuned_beats_default() -> None:
     assert engine_defaults().spinning
 
 
+def test_interleaved_weights_are_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, repack in (("aarch64", True), ("x86_64", False)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert (untuned().repack, untuned().mmap) == (repack, not repack)
+        other = MachineSettings(repack=not repack).engine_settings()
+        assert (other.repack, other.mmap) == (not repack, repack)
+        assert MachineSettings(repack=True, mmap=True).engine_settings().mmap
+        tuned = replace(untuned(), mmap=repack)
+        assert MachineSettings(repack=repack).engine_settings(tuned) == tuned
+
+
 def test_engine_settings_from_the_environment() -> None:
     names = {
         "EDGE_VLM_BATCH_SIZE": "64",

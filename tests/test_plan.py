@@ -142,6 +142,16 @@ def test_repacked_weights_follow_the_processor() -> None:
     assert cost.repacked_bytes(decoder, "q4_k_m", "arm") > 1e9
     assert cost.repacked_bytes(decoder, "f16", "arm") == 0
     assert cost.repacked_bytes(decoder, "anything", "x86") == 0
+    copies = [
+        plan_request(
+            model_sizes("int8", "q4_0"),
+            *(2728, 2046),
+            RequestSettings(processor_family="arm", repack=repack, mmap=mmap),
+        ).memory.repacked_weights
+        for repack, mmap in ((False, True), (True, False), (True, True))
+    ]
+    assert copies[:2] == [0, 0]
+    assert copies[2] > 1e9
 
 
 def test_memory_of_a_run_with_the_demo_model(run: Run) -> None:
@@ -361,7 +371,10 @@ def test_plan_in_words(run: Run) -> None:
     assert "seconds       not measured here" in text
     few = run("plan", "2728x2046", "-m", "jina-vlm", "--max-tiles", "4", "--kv-type", "q8_0")
     assert "tiling        2x2" in few.stdout.decode()
-    device = run("plan", "2728x2046", "-m", "jina-vlm", "--device", "raspberry-pi-5-4gb", "-v")
+    device = run(
+        *("plan", "2728x2046", "-m", "jina-vlm", "--device", "raspberry-pi-5-4gb", "-v"),
+        *("--decoder", "q8_0"),
+    )
     assert b"does not fit" in device.stdout
     assert b"estimated for raspberry-pi-5-4gb" in device.stdout
     assert b"potato-os #148" in device.stderr

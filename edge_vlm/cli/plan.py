@@ -167,12 +167,15 @@ def _settings(
     engines = MachineSettings.from_environment().engine_settings(
         tuning.settings if tuning else None
     )
+    repack, mmap = engines.repack, engines.mmap
+    if profile:
+        repack = profile.processor_family == "arm" and not profile.on_gpu
+        mmap = not repack
     return RequestSettings(
         batch_size=engines.batch_size,
         flash_attention=engines.flash_attention != "off",
-        repack=profile.processor_family == "arm" and not profile.on_gpu
-        if profile
-        else engines.repack,
+        repack=repack,
+        mmap=mmap,
         tiles_per_call=engines.tiles_per_call,
         processor_family=profile.processor_family
         if profile

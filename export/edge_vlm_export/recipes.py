@@ -37,6 +37,8 @@ class Ask(_Part):
     """Options of ``edge-vlm ask``."""
 
     max_tiles: int | None = Field(default=None, ge=1, le=1024)
+    residency: Literal["together", "in-turns"] | None = None
+    kv_type: Literal["f16", "q8_0", "q4_0"] | None = None
     provider: Literal["cuda", "tensorrt", "coreml", "qnn", "openvino", "xnnpack"] | None = None
     gpu_layers: Literal["all"] | None = None
 
@@ -117,7 +119,14 @@ def expected(recipe: Recipe) -> Expected:
     on_gpu = recipe.ask.gpu_layers is not None
     if on_gpu:  # keeps fp16 as it is: the planner's copies are those of the CPU
         model = replace(model, vision_precision="as stored")
-    settings = RequestSettings(processor_family=recipe.expected.processor, repack=not on_gpu)
+    repack = recipe.expected.processor == "arm" and not on_gpu
+    settings = RequestSettings(
+        processor_family=recipe.expected.processor,
+        repack=repack,
+        mmap=not repack,
+        kv_type=recipe.ask.kv_type or "f16",
+        residency=recipe.ask.residency or "together",
+    )
     plan = plan_request(model, *PICTURE, settings, max_tiles=recipe.ask.max_tiles)
     return Expected(
         processor=recipe.expected.processor,
