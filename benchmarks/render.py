@@ -19,6 +19,13 @@ HEAD = """# Results
 
 Written by `benchmarks/render.py` from `benchmarks/results/`; each table names the command that
 measures it. Medians; compare numbers of one table, not of two.
+
+Full-size bundles hold random weights, as time and memory depend on sizes alone:
+
+    edge-vlm-export synthesize --config jina-vlm --out checkpoint
+    edge-vlm export checkpoint --out laptop --recipe laptop --allow-loss
+    edge-vlm export checkpoint --out pi-4gb --recipe pi-4gb --allow-loss
+    edge-vlm export checkpoint --out fp32-q4km --vision fp32 --decoder q4_k_m --allow-loss
 """
 Result = dict[str, Any]
 MEASURES = (
@@ -167,6 +174,36 @@ def agreement(result: Result) -> str:
     return table(["setting", "tokens that agree", "same answers"], rows)
 
 
+def planner(result: Result) -> str:
+    """Predicted and measured, and the largest error of each number."""
+    parts = (
+        ("image_tokens", "image tokens", 1.0),
+        ("kv_bytes", "KV cache, MB", 1e6),
+        ("peak_rss_bytes", "peak memory, MB", 1e6),
+        ("first_token_seconds", "first token after, s", 1.0),
+    )
+    rows, errors = [], {key: 0.0 for key, _, _ in parts}
+    for row in result["rows"]:
+        cells = ["x".join(map(str, row["size"])), number(row["crops"])]
+        for key, _, divisor in parts:
+            planned, measured = row["cases"][key]["planned"], row["cases"][key]["measured"]
+            cells.append(f"{number(planned / divisor)} / {number(measured / divisor)}")
+            errors[key] = max(errors[key], abs(planned / measured - 1))
+        rows.append(cells)
+    rows.append(["largest error", "", *(f"{error:.1%}" for error in errors.values())])
+    return "Planned / measured.\n\n" + table(["", "crops", *(p[1] for p in parts)], rows)
+
+
+def kv_cache(result: Result) -> str:
+    """Held and computed."""
+    rows = [
+        [row["kv_type"], number(row["held"] / 1e6), number(row["computed"] / 1e6)]
+        for row in result["rows"]
+    ]
+    header = ["type", "llama.cpp holds, MB", "computed, MB"]
+    return f"{result['positions']} positions.\n\n" + table(header, rows)
+
+
 def plot(name: str, draw: Callable[[Any], None]) -> str:
     """Write plots/NAME.png and return the line that shows it."""
     import matplotlib
@@ -188,6 +225,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
     ("beside_other_programs", "Beside another program", beside_other_programs),
     ("against_pytorch", "Against PyTorch", against_pytorch),
     ("against_openvino", "Against OpenVINO", against_openvino),
+    ("planner", "Planned and measured", planner),
+    ("kv_cache", "KV cache", kv_cache),
     ("tiles", "As the tiles grow", tiles),
     ("quantizations", "Quality against size and speed", quantizations),
     ("agreement", "Answers under other settings", agreement),

@@ -94,7 +94,7 @@ def bench(
         progress(done, total)
     results: dict[str, dict[str, Any]] = {
         variant.name: {
-            "model": str(variant.model),
+            "model": variant.model.name,
             "precision": _precision(variant.model),
             "settings": _plain(variant),
             "sizes": [
@@ -169,7 +169,7 @@ def machine() -> dict[str, Any]:
 
     here = this_machine()
     return {
-        "system": here.system,
+        "system": platform.system(),
         "processor": here.processor,
         "architecture": here.architecture,
         "cores": here.usable_cores,

@@ -155,16 +155,16 @@ class _Search:
     def _speeds(self) -> Speeds:
         best, longest = self._best, self._manifest.decoder.max_sequence_length
         prompt = min(FINAL_PROMPT, longest - 2 * ANSWER)
-        runs = [self._decode_once(best, prompt, 2 * ANSWER) for _ in range(2)]
-        tiles = [self._vision(best) for _ in range(2)]
+        runs = [self._decode_once(best, prompt, 2 * ANSWER) for _ in range(3)]
+        tiles = [self._vision(best) for _ in range(3)]
         with Worker() as fresh:
             load = fresh.call("load", model=self._model, engines=asdict(best))["load"]
         return Speeds(
             load_seconds=load,
-            vision_seconds_per_tile=min(tiles),
-            prefill_tokens_per_second=prompt / min(run["prefill"] for run in runs),
+            vision_seconds_per_tile=statistics.median(tiles),
+            prefill_tokens_per_second=prompt / statistics.median(run["prefill"] for run in runs),
             prefill_tokens=prompt,
-            decode_tokens_per_second=2 * ANSWER / min(run["decode"] for run in runs),
+            decode_tokens_per_second=2 * ANSWER / statistics.median(run["decode"] for run in runs),
             decode_positions=prompt + ANSWER,
         )
 
