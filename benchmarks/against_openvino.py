@@ -1,76 +1,170 @@
-"""The portable vision graph in OpenVINO beside onnxruntime, tile by tile in turns.
+"""OpenVINO beside edge-vlm: the portable vision graph, and OpenVINO GenAI with the same decoder.
 
-    edge-vlm export CHECKPOINT --out ./portable --target portable
-    python benchmarks/against_openvino.py ./portable
+    edge-vlm export CHECKPOINT --out portable --target portable --vision int8-static \\
+        --calibrate builtin --static-shapes
+    python benchmarks/against_openvino.py laptop --portable portable
 
-Without the package openvino it says so and does nothing. The result is
+Every measurement is a process of its own, and the two take turns. Without the package openvino it
+says so and does nothing; without openvino-genai, which reads the same decoder.gguf and converts it
+to its own format, the decoder is left out. OpenVINO has no program that puts the two together: its
+time to the first token is the sum of vision and prefill. The result is
 benchmarks/results/against_openvino.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from common import save
 
 from edge_vlm.bench import machine, now, versions
-from edge_vlm.bundle import VISION_NAME, Bundle
-from edge_vlm.engine_settings import untuned
+from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.folders import find_bundle
-from edge_vlm.vision import VisionTower
+from edge_vlm.machine import MachineSettings
+from edge_vlm.tuning import load_tuning
+from edge_vlm.worker import Worker
+
+OWN, OTHER = "edge-vlm", "OpenVINO"
+CROPS, PROMPT, ANSWER = 13, 1766, 32  # what a question about a picture of twelve tiles takes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", help="folder or name of a bundle with a portable vision graph")
-    parser.add_argument("--tiles", type=int, default=10)
+    parser.add_argument("bundle", nargs="?", help="folder or name of a bundle")
+    parser.add_argument("--portable", help="bundle whose vision graph OpenVINO runs; the same")
+    parser.add_argument("--tiles", type=int, default=4, help="in a measurement")
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="of OpenVINO; its default is all")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    try:
-        import openvino as ov
-    except ImportError:
+    if options.child:
+        print(json.dumps(_openvino(**json.loads(options.child))))
+        return
+    if importlib.util.find_spec("openvino") is None:
         print("skipped: openvino is not installed (pip install openvino)", file=sys.stderr)
         return
+    genai = importlib.util.find_spec("openvino_genai") is not None
     bundle = Bundle.open(find_bundle(options.bundle))
-    settings = bundle.manifest.image_processor
-    shape = (1, settings.n_patches, settings.patch_values)
-    crop = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    last = np.zeros(1, bool)
-    engines = untuned()
-    tower = VisionTower(bundle, engines)
-    config = {"INFERENCE_NUM_THREADS": engines.vision_threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = ov.Core().compile_model(str(bundle.path / VISION_NAME), "CPU", config)
-    runs: dict[str, list[float]] = {"onnxruntime": [], "openvino": []}
-    difference = 0.0
-    for index in range(options.tiles + 1):
-        started = time.perf_counter()
-        ours = tower.encode_crops(crop, last)
-        middle = time.perf_counter()
-        theirs = compiled({"crops": crop, "is_last": last})["embeddings"]
-        ended = time.perf_counter()
-        difference = max(difference, float(np.abs(ours - theirs).max()))
-        if index:  # the first run lays out memory
-            runs["onnxruntime"].append(middle - started)
-            runs["openvino"].append(ended - middle)
-    medians = {name: statistics.median(values) for name, values in runs.items()}
-    for name, seconds in medians.items():
-        print(f"{name}: {seconds:.4g} s a tile", file=sys.stderr)
+    portable = Bundle.open(find_bundle(options.portable or options.bundle))
+    processor = portable.manifest.image_processor
+    prompt = min(options.prompt, bundle.manifest.decoder.max_sequence_length - ANSWER)
+    request = {
+        "graph": str(portable.path / VISION_NAME),
+        "shape": [1, processor.n_patches, processor.patch_values],
+        "tiles": options.tiles,
+        "decoder": str(bundle.path / DECODER_NAME) if genai else None,
+        "n_ids": bundle.manifest.decoder.vocab_size,
+        "prompt": prompt,
+        "threads": options.threads,
+    }
+    runs: dict[str, list[dict[str, float]]] = {OWN: [], OTHER: []}
+    for _ in range(options.rounds):
+        runs[OWN].append(_own(bundle, options.tiles, prompt, genai))
+        child = [sys.executable, __file__, "--child", json.dumps(request)]
+        done = subprocess.run(child, stdout=subprocess.PIPE, check=True)
+        runs[OTHER].append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for name, found in runs.items()
+    }
+    for name, values in medians.items():
+        words = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(f"{name}: {words}", file=sys.stderr)
+    packages = ("openvino", "openvino-genai") if genai else ("openvino",)
     save(
         "against_openvino",
         {
             "machine": machine(),
-            "versions": {**versions(), "openvino": version("openvino")},
+            "versions": {**versions(), **{name: version(name) for name in packages}},
             "date": now(),
-            "precision": bundle.manifest.vision.precision,
-            "seconds_per_tile": medians,
-            "largest_difference": difference,
+            "precisions": {
+                OWN: [bundle.manifest.vision.precision, bundle.manifest.decoder.precision],
+                OTHER: [portable.manifest.vision.precision, "made of the same GGUF"],
+            },
+            "medians": medians,
             "runs": runs,
         },
     )
+
+
+def _own(bundle: Bundle, tiles: int, prompt: int, decoder: bool) -> dict[str, float]:
+    tuning = load_tuning(bundle.manifest)
+    engines = asdict(MachineSettings().engine_settings(tuning.settings if tuning else None))
+    with Worker() as worker:
+        seen = worker.call("vision", model=str(bundle.path), engines=engines, crops=tiles)
+    found = {"vision_seconds_per_tile": seen["vision"] / tiles}
+    if decoder:
+        with Worker() as worker:
+            told = worker.call(
+                "decoder",
+                model=str(bundle.path),
+                engines=engines,
+                kv_type="f16",
+                prompt=prompt,
+                answer=ANSWER,
+            )
+        found |= _rates(found, told["prefill"], prompt, told["decode"] / ANSWER)
+    return found
+
+
+def _rates(
+    found: dict[str, float], prefill: float, prompt: int, per_token: float
+) -> dict[str, float]:
+    return {
+        "prefill_tokens_per_second": prompt / prefill,
+        "decode_tokens_per_second": 1 / per_token,
+        "first_token_seconds": CROPS * found["vision_seconds_per_tile"] + prefill,
+    }
+
+
+def _openvino(
+    *,
+    graph: str,
+    shape: list[int],
+    tiles: int,
+    decoder: str | None,
+    n_ids: int,
+    prompt: int,
+    threads: int,
+) -> dict[str, float]:
+    import openvino as ov
+
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    crop = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    inputs = {"crops": crop, "is_last": np.zeros(1, bool)}
+    compiled = ov.Core().compile_model(graph, "CPU", config)
+    compiled(inputs)  # memory is laid out in the first run
+    started = time.perf_counter()
+    for _ in range(tiles):
+        compiled(inputs)
+    found = {"vision_seconds_per_tile": (time.perf_counter() - started) / tiles}
+    del compiled
+    if decoder:
+        import openvino_genai
+
+        pipeline = openvino_genai.LLMPipeline(decoder, "CPU", **config)
+        ids = np.array([[(7 + 13 * i) % n_ids for i in range(prompt)]], np.int64)
+        pipeline.generate(ov.Tensor(ids[:, :8]), max_new_tokens=2, ignore_eos=True)
+        result = pipeline.generate(ov.Tensor(ids), max_new_tokens=ANSWER + 1, ignore_eos=True)
+        metrics = result.perf_metrics
+        prefill, per_token = metrics.get_ttft().mean / 1000, metrics.get_tpot().mean / 1000
+        found |= _rates(found, prefill, prompt, per_token)
+    found["peak_rss_bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found
 
 
 if __name__ == "__main__":

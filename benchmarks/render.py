@@ -90,9 +90,25 @@ def against_pytorch(result: Result) -> str:
 
 
 def against_openvino(result: Result) -> str:
-    """Seconds a tile."""
-    rows = [[name, number(seconds)] for name, seconds in result["seconds_per_tile"].items()]
-    return f"Vision graph in {result['precision']}.\n\n" + table(["", "s a tile"], rows)
+    """Both, and the ratio."""
+    medians = result["medians"]
+    own, other = medians.values()
+    rows = [
+        [
+            label,
+            number(own[key] / divisor),
+            number(other[key] / divisor),
+            f"{own[key] / other[key]:.2f}",
+        ]
+        for key, label, divisor in MEASURES
+        if key in own
+    ]
+    told = "; ".join(
+        f"{name}: vision {vision}, decoder {decoder}"
+        for name, (vision, decoder) in result["precisions"].items()
+    )
+    memory = f"OpenVINO's peak memory: {number(other['peak_rss_bytes'] / 1e6)} MB."
+    return f"{told}. {memory}\n\n{table(['', *medians, 'ratio'], rows)}"
 
 
 def beside_other_programs(result: Result) -> str:
