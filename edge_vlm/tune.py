@@ -187,6 +187,8 @@ def _steps(
         ("spinning", "everything", (not start.spinning,)),
     ]
     for name, stage, candidates in steps:
+        if name == "tiles_per_call" and manifest.vision.precision == "int8":
+            continue  # tiles would share the range they are quantized in
         useful = [value for value in candidates if value != getattr(start, name)]
         if name not in fixed and useful:
             yield name, stage, useful

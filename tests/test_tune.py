@@ -133,6 +133,10 @@ def test_a_candidate_has_to_be_faster_by_the_margin() -> None:
 def test_what_is_given_is_not_varied(manifest: Any) -> None:
     names = {name for name, _, _ in _steps(untuned(), manifest, set())}
     assert {"repack", "flash_attention", "batch_size", "mmap", "spinning"} <= names
+    assert "tiles_per_call" not in names  # int8 quantizes the tiles of a call in one range
+    vision = manifest.vision.model_copy(update={"precision": "fp32"})
+    float32 = manifest.model_copy(update={"vision": vision})
+    assert names | {"tiles_per_call"} == {name for name, _, _ in _steps(untuned(), float32, set())}
     fixed = {"repack", "spinning"}
     assert {name for name, _, _ in _steps(untuned(), manifest, fixed)} == names - fixed
 
