@@ -18,6 +18,7 @@ import pytest
 from edge_vlm_export import export as export_module
 from edge_vlm_export import staging
 from edge_vlm_export import verify as verify_module
+from edge_vlm_export.synthesize import config_folder
 
 from edge_vlm.bundle import Bundle
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
@@ -277,6 +278,18 @@ def test_a_full_disk_is_noticed_before_writing(
         export_exact(CHECKPOINT, tmp_path / "bundle", progress=lambda *step: stages.append(step))
     assert stages == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("vision", "decoder", "announced"),
+    [("int8", "q4_k_m", 6.51e9), ("int8", "q4_0", 6.45e9), ("fp32", "q4_k_m", 7.43e9)],
+)
+def test_the_room_is_estimated_from_the_settings_alone(
+    vision: str, decoder: str, announced: float
+) -> None:
+    """Beside what exports of a full-size checkpoint announced, from all its tensors."""
+    found = export_module.estimated_bytes(config_folder("jina-vlm"), vision, decoder)
+    assert found == pytest.approx(announced, rel=0.03)
 
 
 @pytest.mark.parametrize(

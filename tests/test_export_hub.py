@@ -179,6 +179,28 @@ def test_no_space_is_noticed_beforehand(
     assert hub.fetched(SHARDS[0]) == []
 
 
+def test_no_space_for_the_bundle_is_noticed_before_the_download(
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[set[str]] = []
+
+    def later(folder: Path) -> int:
+        asked.append({path.name for path in folder.iterdir()})
+        return 2 * 10**9
+
+    for free, enough in ((2 * 10**9, False), (3 * 10**9, True)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        if not enough:
+            with pytest.raises(InputError, match=r"2\.\d+ GB are needed, 2\.00 GB are free"):
+                download(then=(tmp_path, later))
+            assert hub.fetched(SHARDS[0]) == []
+            assert {"config.json", "preprocessor_config.json"} <= asked[0]
+        else:
+            assert download(then=(tmp_path, later)).is_dir()
+
+
 def test_a_disk_that_fills_up(
     hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

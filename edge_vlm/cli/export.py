@@ -141,6 +141,7 @@ def command(
     del verbose  # main() looks for it
     require_extra("export")
     from edge_vlm_export import export_checkpoint
+    from edge_vlm_export.export import estimated_bytes
     from edge_vlm_export.hub import HubName, fetch, parse_source
     from edge_vlm_export.staging import check_target
 
@@ -150,7 +151,13 @@ def command(
     with Steps() as steps:
         source = parse_source(checkpoint)
         if isinstance(source, HubName):
-            source = fetch(source, offline=offline, progress=steps.show, notice=steps.say)
+            source = fetch(
+                source,
+                offline=offline,
+                progress=steps.show,
+                notice=steps.say,
+                then=(out.parent, lambda folder: estimated_bytes(folder, vision, decoder)),
+            )
         written = export_checkpoint(
             source,
             out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
 from edge_vlm.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm_export.checkpoint import Checkpoint
 from edge_vlm_export.config import read_settings
-from edge_vlm_export.layout import check_tensors
+from edge_vlm_export.layout import VISION, check_tensors
 from edge_vlm_export.manifest import build_manifest, model_identity, record_files, unhashed
 from edge_vlm_export.stage import Progress, Stage
 from edge_vlm_export.staging import check_space, check_target, size_text, staged
@@ -152,6 +153,32 @@ def export_checkpoint(
         verify_bundle(folder)
         verified(n_written)
     return out
+
+
+def estimated_bytes(folder: Path, vision: str, decoder: str) -> int:
+    """About how much an export has on disk at once, by the settings files in ``folder`` alone.
+
+    Args:
+        folder: may lack weights and tokenizer.
+        vision: precision, as in ``export_checkpoint``.
+        decoder: precision, as in ``export_checkpoint``.
+
+    Raises:
+        CheckpointError: a settings file is missing, malformed or not supported.
+    """
+    from edge_vlm_export.quantize import MIXTURES, quantized_bytes
+    from edge_vlm_export.synthesize import tensor_shapes
+
+    settings = read_settings(folder)
+    shapes = tensor_shapes(settings)
+    seen = [math.prod(shape) for name, shape in shapes.items() if name.startswith(VISION)]
+    n_vision, n_values = sum(seen), sum(map(math.prod, shapes.values()))
+    n_text = n_values - n_vision
+    tables = 1 if any(settings.tie_word_embeddings) else 2
+    n_table = tables * settings.text.n_ids * settings.text.hidden_size
+    written = {"fp32": 4, "int4": 1}.get(vision, 2) * n_vision
+    written += (4 if decoder == "f32" else 2) * n_text
+    return written + (quantized_bytes(decoder, n_text, n_table) if decoder in MIXTURES else 0)
 
 
 def _announce(total: int, scratch: int, parent: Path, notice: Callable[[str], None] | None) -> None:

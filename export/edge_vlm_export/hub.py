@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,7 @@ def fetch(
     offline: bool = False,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    then: tuple[Path, Callable[[Path], int]] | None = None,
     endpoint: str | None = None,
     cache: Path | None = None,
 ) -> Path:
@@ -102,6 +104,8 @@ def fetch(
         progress: Called with "download" or "checksum", the bytes done and in total. An exception
             it raises stops the download, which a later call continues.
         notice: Called with a line that says how much there is to download.
+        then: What the checkpoint is for, so that its room is checked before the download too: the
+            folder that is written to, and the bytes, computed from a folder with settings files.
         endpoint: Address of the hub, by default ``HF_ENDPOINT``.
         cache: The cache's folder, by default ``HF_HUB_CACHE``.
 
@@ -117,7 +121,7 @@ def fetch(
     if offline or constants.HF_HUB_OFFLINE:
         return _cached(name, cache)
     with _converted(name, cache), _quiet():
-        return _Fetch(name, cache, endpoint, progress, notice).run()
+        return _Fetch(name, cache, endpoint, progress, notice, then).run()
 
 
 class _Fetch:
@@ -128,7 +132,9 @@ class _Fetch:
         endpoint: str | None,
         progress: Progress | None,
         notice: Callable[[str], None] | None,
+        then: tuple[Path, Callable[[Path], int]] | None,
     ) -> None:
+        self.then = then
         self.name = name
         self.cache = cache
         self.endpoint = endpoint
@@ -142,6 +148,9 @@ class _Fetch:
         config = self._small("config.json", self.name.revision)
         commit = config.parent.name
         files = self._files(commit)
+        for file in files:
+            if not file.sha256:  # settings, of which the rest follows
+                self._small(file.name, commit)
         self._check_room(files, commit)
         total = sum(file.size for file in files)
         done = 0
@@ -195,6 +204,11 @@ class _Fetch:
         if left and self.notice:
             self.notice(f"{self.name}: {size_text(left)} to download to {self.cache}")
         check_space(self.cache, left)
+        if self.then:
+            folder, n_bytes = self.then
+            later = n_bytes(self.folder / "snapshots" / commit)
+            same = os.stat(folder).st_dev == os.stat(self.cache).st_dev
+            check_space(folder, later + (left if same else 0))
 
     def _small(self, file: str, revision: str) -> Path:
         from huggingface_hub import hf_hub_download
