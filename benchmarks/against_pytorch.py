@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def main() -> None:
             f" {values['first_token_seconds']:.3g} s; edge-vlm takes {ratio:.2f} of it",
             file=sys.stderr,
         )
+    report["versions"]["torch"] = version("torch")
     save("against_pytorch", {**report, "medians": medians, "runs": runs})
 
 
