@@ -404,8 +404,9 @@ class Context:
         params.n_threads_batch = engines.prefill_threads
         params.type_k = params.type_v = _ggml_type(decoder._kv_type)
         params.no_perf = True
-        # On a CPU, llama.cpp's flash attention moves logits by 1.6 % of their range at 1,776
-        # positions even in float32; without it they are right to 5e-5.
+        # On a CPU, llama.cpp's flash attention adds up V in half precision where less than 64
+        # positions are computed at once, as for every token of an answer: at 1,776 positions
+        # logits move by up to 1.6 % of their range. Without it they are right to 5e-5.
         params.flash_attn_type = {
             "off": api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,

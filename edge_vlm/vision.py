@@ -206,7 +206,8 @@ class VisionTower:
             cancel.check()
             cancel.listen(stop)
         try:
-            result: Float32 = session.run([output], feed, run)[0]
+            # A copy: the array itself lies in onnxruntime's arena and would keep all of it.
+            result: Float32 = session.run([output], feed, run)[0].copy()
         except Exception as error:  # see above
             if cancel and cancel.is_set:
                 raise Cancelled("stopped while encoding the picture") from error

@@ -186,3 +186,12 @@ def test_crops_of_one_call_are_those_of_many(bundle: Callable[..., Path]) -> Non
     engines = [EngineSettings(**{**vars(untuned()), "tiles_per_call": n}) for n in (1, 4)]
     found = [VisionTower(opened, one).encode(tiles) for one in engines]
     np.testing.assert_allclose(found[0], found[1], atol=2e-4)
+
+
+def test_embeddings_do_not_keep_the_memory_of_onnxruntime(bundle: Callable[..., Path]) -> None:
+    from edge_vlm.vision import VisionTower
+
+    opened = OpenBundle.open(bundle("tiny-126-tied"))
+    settings = opened.manifest.image_processor
+    crops = np.zeros((1, settings.n_patches, settings.patch_values), np.float32)
+    assert VisionTower(opened).encode_crops(crops, np.zeros(1, bool)).flags.owndata
