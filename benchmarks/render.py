@@ -26,6 +26,8 @@ Full-size bundles hold random weights, as time and memory depend on sizes alone:
     edge-vlm export checkpoint --out laptop --recipe laptop --allow-loss
     edge-vlm export checkpoint --out pi-4gb --recipe pi-4gb --allow-loss
     edge-vlm export checkpoint --out fp32-q4km --vision fp32 --decoder q4_k_m --allow-loss
+    edge-vlm export checkpoint --out portable --vision int8-static --calibrate builtin \\
+        --target portable --static-shapes --allow-loss
 """
 Result = dict[str, Any]
 MEASURES = (
@@ -63,7 +65,7 @@ def against_defaults(result: Result) -> str:
             ]
             for key, label, divisor in MEASURES
         ]
-        crops, tokens = medians[0]["crops"], medians[0]["image_tokens"]
+        crops, tokens = (number(medians[0][key]) for key in ("crops", "image_tokens"))
         parts.append(
             f"{width}x{height}: {crops} crops, {tokens} image tokens\n\n"
             + table(["", *names, "ratio"], rows)
