@@ -16,9 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -26,12 +23,13 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from common import save
+from common import child, medians, save
 
-from edge_vlm.bench import machine, now, versions
+from edge_vlm.bench import circumstances
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.folders import find_bundle
 from edge_vlm.machine import MachineSettings
+from edge_vlm.memory import peak_rss_bytes
 from edge_vlm.tuning import load_tuning
 from edge_vlm.worker import Worker
 
@@ -72,28 +70,23 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {OWN: [], OTHER: []}
     for _ in range(options.rounds):
         runs[OWN].append(_own(bundle, options.tiles, prompt, genai))
-        child = [sys.executable, __file__, "--child", json.dumps(request)]
-        done = subprocess.run(child, stdout=subprocess.PIPE, check=True)
-        runs[OTHER].append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for name, found in runs.items()
-    }
-    for name, values in medians.items():
+        runs[OTHER].append(child(request))
+    middle = medians(runs)
+    for name, values in middle.items():
         words = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         print(f"{name}: {words}", file=sys.stderr)
     packages = ("openvino", "openvino-genai") if genai else ("openvino",)
+    report = circumstances()
+    report["versions"] |= {name: version(name) for name in packages}
     save(
         "against_openvino",
         {
-            "machine": machine(),
-            "versions": {**versions(), **{name: version(name) for name in packages}},
-            "date": now(),
+            **report,
             "precisions": {
                 OWN: [bundle.manifest.vision.precision, bundle.manifest.decoder.precision],
                 OTHER: [portable.manifest.vision.precision, "made of the same GGUF"],
             },
-            "medians": medians,
+            "medians": middle,
             "runs": runs,
         },
     )
@@ -163,7 +156,7 @@ def _openvino(
         metrics = result.perf_metrics
         prefill, per_token = metrics.get_ttft().mean / 1000, metrics.get_tpot().mean / 1000
         found |= _rates(found, prefill, prompt, per_token)
-    found["peak_rss_bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found["peak_rss_bytes"] = peak_rss_bytes()
     return found
 
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import bench, save
+from common import bench, child, medians, save
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "export/edge_vlm_export/configs/jina-vlm/config.json"
@@ -55,13 +53,12 @@ def main() -> None:
                 "tokens": options.tokens,
                 "threads": options.threads,
             }
-            runs.setdefault(f"PyTorch {dtype}", []).append(_child(options.config, request))
-    medians = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for name, found in runs.items()
-    }
-    for name, values in medians.items():
-        ratio = medians["edge-vlm"]["first_token_seconds"] / values["first_token_seconds"]
+            runs.setdefault(f"PyTorch {dtype}", []).append(
+                child(request, "--config", str(options.config))
+            )
+    middle = medians(runs)
+    for name, values in middle.items():
+        ratio = middle["edge-vlm"]["first_token_seconds"] / values["first_token_seconds"]
         print(
             f"{name}: vision {values['vision_seconds_per_tile']:.3g} s a tile, prefill"
             f" {values['prefill_seconds']:.3g} s, decode"
@@ -70,14 +67,7 @@ def main() -> None:
             file=sys.stderr,
         )
     report["versions"]["torch"] = version("torch")
-    save("against_pytorch", {**report, "medians": medians, "runs": runs})
-
-
-def _child(config: Path, request: dict[str, Any]) -> dict[str, float]:
-    command = [sys.executable, __file__, "--config", str(config), "--child", json.dumps(request)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    save("against_pytorch", {**report, "medians": middle, "runs": runs})
 
 
 def _measure(

@@ -19,7 +19,7 @@ from typing import Any
 from common import save
 
 from edge_vlm import EdgeVLM, MachineSettings
-from edge_vlm.bench import machine, now, versions
+from edge_vlm.bench import circumstances
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -68,9 +68,7 @@ def main() -> None:
     save(
         "agreement",
         {
-            "machine": machine(),
-            "versions": versions(),
-            "date": now(),
+            **circumstances(),
             "questions": len(asked),
             "rows": rows,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,22 @@ def bench(command: str, *arguments: str) -> dict[str, Any]:
         sys.exit(done.returncode)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
+
+
+def child(request: dict[str, Any], *arguments: str) -> dict[str, float]:
+    """What the running script prints, as its last line, when called with ``--child REQUEST``."""
+    command = [sys.executable, sys.argv[0], *arguments, "--child", json.dumps(request)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each number of each program's runs."""
+    return {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for name, found in runs.items()
+    }
 
 
 def save(name: str, data: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from common import save
 
-from edge_vlm.bench import machine, now, versions
+from edge_vlm.bench import circumstances
 from edge_vlm.bundle import Bundle
 from edge_vlm.decoder import Decoder
 from edge_vlm.folders import find_bundle
@@ -42,8 +42,7 @@ def main() -> None:
         computed = options.positions * bundle.manifest.decoder.kv_bytes_per_token(KV_TYPES[kv_type])
         found.append({"kv_type": kv_type, "held": held, "computed": computed})
         print(f"{kv_type}: {held} bytes, computed {computed:.0f}", file=sys.stderr)
-    report = {"machine": machine(), "versions": versions(), "date": now()}
-    save("kv_cache", {**report, "positions": options.positions, "rows": found})
+    save("kv_cache", {**circumstances(), "positions": options.positions, "rows": found})
 
 
 if __name__ == "__main__":

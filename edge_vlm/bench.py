@@ -104,12 +104,7 @@ def bench(
         }
         for variant in variants
     }
-    report: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions(),
-        "date": now(),
-        "results": results,
-    }
+    report: dict[str, Any] = {**circumstances(), "results": results}
     if len(variants) > 1:
         report["ratios"] = _ratios(*(results[v.name]["sizes"] for v in variants[:2]))
     return report
@@ -161,6 +156,11 @@ def _plain(variant: Variant) -> dict[str, Any]:
         "residency": variant.settings.residency,
         "tuned": tuning is not None and variant.name == OWN,
     }
+
+
+def circumstances() -> dict[str, Any]:
+    """Of a measurement: machine, versions and date."""
+    return {"machine": machine(), "versions": versions(), "date": now()}
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from edge_vlm.errors import InputError
@@ -60,6 +60,10 @@ class EngineSettings:
         for field in fields(self):
             check_engine_setting(field.name, getattr(self, field.name))
 
+    def with_repack(self, repack: bool) -> EngineSettings:
+        """Interleaved weights or not; the file is mapped where that is no second copy of them."""
+        return replace(self, repack=repack, mmap=not repack)
+
 
 def untuned() -> EngineSettings:
     """What is best on most machines of this kind.
@@ -71,18 +75,17 @@ def untuned() -> EngineSettings:
     from the thread it waits for on a busy one.
     """
     threads = default_threads()
-    repack = platform.machine().lower() in ("aarch64", "arm64")
     return EngineSettings(
         threads=threads,
         prefill_threads=threads,
         vision_threads=threads,
         batch_size=256,
         flash_attention="off",
-        repack=repack,
-        mmap=not repack,
+        repack=False,
+        mmap=True,
         spinning=False,
         tiles_per_call=1,
-    )
+    ).with_repack(platform.machine().lower() in ("aarch64", "arm64"))
 
 
 def engine_defaults() -> EngineSettings:

@@ -90,10 +90,10 @@ class MachineSettings:
 
     def engine_settings(self, tuned: EngineSettings | None = None) -> EngineSettings:
         """What the engines get: what is given here, else ``tuned``, else defaults."""
-        base, given = tuned or untuned(), self._given()
-        if self.repack not in (None, base.repack):  # what is best for mmap depends on it
-            given = {"mmap": not self.repack} | given
-        return replace(base, **given)
+        base = tuned or untuned()
+        if self.repack is not None and self.repack != base.repack:
+            base = base.with_repack(self.repack)
+        return replace(base, **self._given())
 
     def fixed_engine_settings(self) -> set[str]:
         """Names of those that neither tuning nor defaults decide."""

@@ -31,7 +31,7 @@ class DeviceProfile:
     decode_bytes: float  # a second: weights and KV cache read for each token
     load_bytes: float  # a second, from its usual storage
     sources: tuple[str, ...]
-    on_gpu: bool = False  # then nothing is repacked
+    on_gpu: bool = False  # the decoder's layers, in the figures given
 
     def speeds(self, model: ModelSizes, kv_type: str = "f16") -> Speeds:
         """Estimated speeds of a bundle."""

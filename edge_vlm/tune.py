@@ -99,7 +99,7 @@ class _Search:
                 if value == getattr(self._best, name):
                     continue
                 if name == "repack" and "mmap" not in self._fixed:
-                    candidate = replace(candidate, mmap=not value)  # one copy of the weights
+                    candidate = self._best.with_repack(value)
                 if name == "mmap" and candidate.mmap and candidate.repack:
                     continue  # two copies
                 if _is_faster(measure, self._best, candidate, MARGINS.get(name, DEFAULT_MARGIN)):

@@ -155,35 +155,19 @@ def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> 
 def _settings(
     profile: DeviceProfile | None, request: dict[str, Any], tuning: Tuning | None
 ) -> RequestSettings:
-    import platform
+    from dataclasses import replace
 
-    from edge_vlm.cost import REPACKED
-    from edge_vlm.hardware import family
+    from edge_vlm.limits import request_settings
     from edge_vlm.machine import MachineSettings
-    from edge_vlm.plan import RequestSettings
 
     request["answer_tokens"] = request.pop("max_tokens")
-    here = family(platform.machine())
     engines = MachineSettings.from_environment().engine_settings(
         tuning.settings if tuning else None
     )
-    repack, mmap = engines.repack, engines.mmap
-    if profile:
-        repack = profile.processor_family == "arm" and not profile.on_gpu
-        mmap = not repack
-    return RequestSettings(
-        batch_size=engines.batch_size,
-        flash_attention=engines.flash_attention != "off",
-        repack=repack,
-        mmap=mmap,
-        tiles_per_call=engines.tiles_per_call,
-        processor_family=profile.processor_family
-        if profile
-        else here
-        if here in REPACKED
-        else "x86",
-        **{key: value for key, value in request.items() if value is not None},
-    )
+    settings = request_settings(MachineSettings(), engines)
+    if profile:  # what it interleaves is read, not mapped: there is no second copy
+        settings = replace(settings, repack=False, processor_family=profile.processor_family)
+    return replace(settings, **{key: value for key, value in request.items() if value is not None})
 
 
 def _show(

@@ -155,9 +155,10 @@ class _Fetch:
         total = sum(file.size for file in files)
         done = 0
         for file in files:
-            if file.sha256 and not self._at(file, commit).exists():
-                self._large(file, commit, done, total)
-            self._small(file.name, commit)
+            if file.sha256:
+                if not self._at(file, commit).exists():
+                    self._large(file, commit, done, total)
+                self._small(file.name, commit)  # which finds it there
             done += file.size
             self._report("download", done, total)
         unchecked = [file for file in files if file.name not in self.checked]

@@ -119,11 +119,8 @@ def expected(recipe: Recipe) -> Expected:
     on_gpu = recipe.ask.gpu_layers is not None
     if on_gpu:  # keeps fp16 as it is: the planner's copies are those of the CPU
         model = replace(model, vision_precision="as stored")
-    repack = recipe.expected.processor == "arm" and not on_gpu
     settings = RequestSettings(
         processor_family=recipe.expected.processor,
-        repack=repack,
-        mmap=not repack,
         kv_type=recipe.ask.kv_type or "f16",
         residency=recipe.ask.residency or "together",
     )
