@@ -514,6 +514,8 @@ class Conversation:
         finally:
             if engine.in_turns:
                 engine.vision.release()
+            else:
+                engine.vision.rest()
         clock.vision = crops.seconds - (engine.vision.load_seconds - loaded)
         return crops
 

@@ -25,11 +25,18 @@ import numpy.typing as npt
 from edge_vlm.bundle import DECODER_NAME, Bundle
 from edge_vlm.cancel import CancelToken
 from edge_vlm.cost import context_size
-from edge_vlm.engine_settings import EngineSettings, untuned
+from edge_vlm.engine_settings import (
+    FLASH_ROWS,
+    FLASH_TILE,
+    SCORES_BATCH,
+    EngineSettings,
+    untuned,
+)
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Guide, Vocabulary
+from edge_vlm.kv_move import N_SEQUENCES, move_cells
 from edge_vlm.machine import KV_TYPES
-from edge_vlm.memory import give_back_memory
+from edge_vlm.memory import forget_mapped, give_back_memory
 from edge_vlm.options import AskOptions
 from edge_vlm.providers import gpu_layers
 
@@ -203,6 +210,8 @@ class Decoder:
                 self._model = model = self._load(vocab_only=False)
                 self._free = weakref.finalize(self, self._api.llama_model_free, model)
                 self._check_geometry()
+                if self._engines.mmap:
+                    forget_mapped(self._path)
                 if self._in_turns:
                     self.load_seconds += time.perf_counter() - started
             return self._model
@@ -244,7 +253,8 @@ class Decoder:
 class Context:
     """One sequence in a KV cache. Not safe for use by two threads at once.
 
-    While its decoder's weights are released, its content is parked as bytes.
+    It is created when it is first used. While its decoder's weights are released, its content is
+    parked as bytes.
     """
 
     def __init__(self, decoder: Decoder, n_positions: int) -> None:
@@ -256,8 +266,8 @@ class Context:
         self._capacity = context_size(n_positions)
         self._parked: UInt8 | None = None
         self._n_parked = 0
-        if not decoder._in_turns:
-            self._open()
+        self._room = 0  # positions of the llama.cpp context
+        self._flash = False  # whether it is laid out for a prompt alone, see ``_arrange``
 
     def __enter__(self) -> Context:
         return self
@@ -293,14 +303,11 @@ class Context:
         before, self._capacity = self._capacity, context_size(n_positions)
         if self._context is None:
             return
-        state = self.state() if self.n_positions else None
         try:
-            new = self._create(state)
+            self._arrange()
         except DecoderError:
             self._capacity = before
             raise
-        self._drop()
-        self._hold(new)
 
     def state(self) -> UInt8:
         """What is cached, as bytes for ``set_state`` of a context with the same settings.
@@ -308,12 +315,8 @@ class Context:
         Raises:
             DecoderError: llama.cpp failed.
         """
-        context = self._open()
-        state = np.empty(self.state_bytes, np.uint8)
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._api.llama_state_seq_get_data(context, data, len(state), 0) != len(state):
-            raise DecoderError("llama.cpp could not copy the KV cache")
-        return state
+        self._arrange()
+        return self._copy()
 
     @property
     def state_bytes(self) -> int:
@@ -322,7 +325,12 @@ class Context:
 
     def set_state(self, state: UInt8) -> bool:
         """Replace what is cached; false, and nothing cached, if it does not fit."""
+        self._arrange()
         return self._fill(self._open(), state)
+
+    def settle(self) -> None:
+        """Do now what the first token of an answer would have to wait for."""
+        self._arrange()
 
     def truncate(self, n_positions: int) -> None:
         """Forget everything from position ``n_positions`` on."""
@@ -384,41 +392,84 @@ class Context:
             self._free()
         self._free = self._context = None
 
+    def _copy(self) -> UInt8:
+        """As ``state``, in the present layout."""
+        state = np.empty(self.state_bytes, np.uint8)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if self._api.llama_state_seq_get_data(self._open(), data, len(state), 0) != len(state):
+            raise DecoderError("llama.cpp could not copy the KV cache")
+        return state
+
     def _fill(self, context: Any, state: UInt8) -> bool:
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         return bool(self._api.llama_state_seq_set_data(context, data, len(state), 0))
 
-    def _hold(self, context: Any) -> None:
-        self._context = context
+    def _hold(self, context: Any, room: int, flash: bool = False) -> None:
+        self._context, self._room, self._flash = context, room, flash
         self._free = weakref.finalize(self, self._api.llama_free, context)
 
-    def _create(self, state: UInt8 | None) -> Any:
-        """A context of ``capacity`` that holds ``state``."""
+    def _arrange(self, n_rows: int = 0) -> None:
+        """Lay the KV cache out for the next ``n_rows`` positions; 0: for an answer.
+
+        With flash attention for prompts alone, a long one gets a context of its own, from which
+        the KV cache is moved when something else is asked for. What is in front of it is short,
+        and room for the rest is made only then: there are never more than two caches.
+        """
+        mode, n_cached = self._decoder._flash_attention, self.n_positions
+        flash, room = False, self._capacity
+        if mode == "prefill" and n_rows:
+            big = self._decoder._engines.batch_size >= FLASH_TILE
+            flash = big and n_rows >= FLASH_ROWS and (self._flash or n_rows >= n_cached)
+            if flash or (n_cached == 0 and n_rows < FLASH_TILE):
+                room = context_size(n_cached + n_rows)
+        needed = n_cached + n_rows if n_rows else room
+        if self._context is not None and flash == self._flash and needed <= self._room:
+            return
+        old = self._open() if n_cached else None
+        new = self._create(room, flash)
+        try:
+            if n_cached and flash != self._flash:
+                move_cells(self._api, old, new, n_cached, self._decoder._geometry.n_layers)
+            elif n_cached and not self._fill(new, self._copy()):
+                raise DecoderError("llama.cpp could not move the KV cache to another context")
+        except DecoderError:
+            self._api.llama_free(new)
+            raise
+        self._drop()
+        self._hold(new, room, flash)
+
+    def _create(self, n_positions: int, flash: bool = False) -> Any:
+        """An empty context; with ``flash`` for a prompt alone."""
         decoder, api, engines = self._decoder, self._api, self._decoder._engines
         model = decoder._weights()
         params = api.llama_context_default_params()
-        params.n_ctx = self._capacity
-        params.n_batch = params.n_ubatch = min(engines.batch_size, params.n_ctx)
+        params.n_ctx = n_positions
         params.n_outputs_max = 1  # logits are read for the last position only
+        flash_attention, batch_size = decoder._flash_attention, engines.batch_size
+        if flash_attention == "prefill":
+            flash_attention = "on" if flash else "off"
+            params.n_seq_max, params.kv_unified = N_SEQUENCES, True
+            params.n_outputs_max = N_SEQUENCES  # no fewer than sequences
+            if not flash:
+                batch_size = min(batch_size, SCORES_BATCH)
+        params.n_batch = params.n_ubatch = min(batch_size, params.n_ctx)
         params.n_threads = engines.threads
         params.n_threads_batch = engines.prefill_threads
         params.type_k = params.type_v = _ggml_type(decoder._kv_type)
         params.no_perf = True
         # On a CPU, llama.cpp's flash attention adds up V in half precision where less than 64
         # positions are computed at once, as for every token of an answer: at 1,776 positions
-        # logits move by up to 1.6 % of their range. Without it they are right to 5e-5.
+        # logits move by up to 1.6 % of their range. Without it, or from 64 positions on, they are
+        # right to 5e-5.
         params.flash_attn_type = {
             "off": api.LLAMA_FLASH_ATTN_TYPE_DISABLED,
             "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
             "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
-        }[decoder._flash_attention]
+        }[flash_attention]
         _recent_errors.clear()
         context = api.llama_init_from_model(model, params)
         if not context:
             raise DecoderError(f"llama.cpp could not create a context{_because()}")
-        if state is not None and not self._fill(context, state):
-            api.llama_free(context)
-            raise DecoderError("llama.cpp could not move the KV cache to another context")
         return context
 
     def _append(
@@ -429,21 +480,21 @@ class Context:
         cancel: CancelToken | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        self._arrange(len(rows))
         api, context = self._api, self._open()
-        step = int(api.llama_n_batch(context))
+        batches = _batches(len(rows), int(api.llama_n_batch(context)), self._flash)
         if cancel:
             address = ctypes.cast(cancel.buffer, ctypes.c_void_p)
             api.llama_set_abort_callback(context, _abort_when_set(), address)
         try:
-            for start in range(0, len(rows), step):
+            for start, stop in batches:
                 if cancel:
                     cancel.check()
-                part = rows[start : start + step]
-                wanted = np.zeros(len(part), np.int8)
-                wanted[-1] = logits and start + len(part) == len(rows)
-                self._decode(part, wanted, cancel)
+                wanted = np.zeros(stop - start, np.int8)
+                wanted[-1] = logits and stop == len(rows)
+                self._decode(rows[start:stop], wanted, cancel)
                 if progress:
-                    progress(start + len(part))
+                    progress(stop)
         finally:
             if cancel:
                 api.llama_set_abort_callback(context, _never_abort(), None)
@@ -474,7 +525,11 @@ class Context:
         if self._closed:
             raise DecoderError("the context was closed")
         if self._context is None:
-            self._hold(self._create(self._parked))
+            new = self._create(self._capacity)
+            if self._parked is not None and not self._fill(new, self._parked):
+                self._api.llama_free(new)
+                raise DecoderError("llama.cpp could not fill the KV cache again")
+            self._hold(new, self._capacity)
             self._parked = None
         return self._context
 
@@ -527,6 +582,14 @@ class Sampler:
         if self._guide is None:
             return draw()
         return self._guide.choose(lambda allowed: context.forbid(~allowed), draw)
+
+
+def _batches(n_rows: int, size: int, flash: bool) -> list[tuple[int, int]]:
+    """(start, stop) of batches of at most ``size``; with flash attention none is too small."""
+    stops = [*range(size, n_rows, size), n_rows]
+    if flash and len(stops) > 1 and n_rows - stops[-2] < FLASH_TILE < size:
+        stops[-2] = n_rows - FLASH_TILE
+    return list(zip([0, *stops], stops, strict=False))
 
 
 def kv_bytes(n_positions: int, decoder: Decoder) -> int:

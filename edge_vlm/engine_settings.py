@@ -10,11 +10,18 @@ from typing import Any
 from edge_vlm.errors import InputError
 from edge_vlm.hardware import default_threads
 
-FLASH_ATTENTION = ("off", "on", "auto")  # auto: llama.cpp decides
+# Rows from which on it pays to lay the KV cache out for flash attention and back.
+FLASH_ROWS = 512
+# Fewer at once are added up in half precision by llama.cpp's flash attention.
+FLASH_TILE = 64
+# Largest batch where attention scores are held: they take memory and gain nothing beyond.
+SCORES_BATCH = 256
+FLASH_ATTENTION = ("off", "prefill", "on", "auto")  # auto: llama.cpp decides
 _LIMITS = {
     "threads": (1, 1024),
     "prefill_threads": (1, 1024),
     "vision_threads": (1, 1024),
+    "vision_streams": (1, 64),
     "batch_size": (1, 1 << 16),
     "tiles_per_call": (1, 64),
 }
@@ -48,9 +55,12 @@ class EngineSettings:
 
     threads: int  # of the decoder, for one token after the other
     prefill_threads: int
-    vision_threads: int
+    vision_threads: int  # of all streams together
+    vision_streams: int  # calls of the vision tower side by side, each with other tiles
     batch_size: int  # positions computed at once during prefill
-    flash_attention: str  # off, on or auto; a quantized KV cache always has it on
+    # off, on, auto, or prefill: on while a long prompt is computed, and the KV cache is then laid
+    # out anew for the answer. A quantized KV cache always has it on.
+    flash_attention: str
     repack: bool  # let llama.cpp interleave the weights' rows: with mmap, another copy of them
     mmap: bool  # map the decoder's file instead of reading it
     spinning: bool  # threads that wait for each other keep their core busy
@@ -60,32 +70,42 @@ class EngineSettings:
         for field in fields(self):
             check_engine_setting(field.name, getattr(self, field.name))
 
+    @property
+    def streams(self) -> int:
+        """Calls of the vision tower side by side: no more than threads."""
+        return min(self.vision_streams, self.vision_threads)
+
     def with_repack(self, repack: bool) -> EngineSettings:
         """Interleaved weights or not; the file is mapped where that is no second copy of them."""
         return replace(self, repack=repack, mmap=not repack)
 
 
-def untuned() -> EngineSettings:
-    """What is best on most machines of this kind.
+def untuned(arm: bool | None = None) -> EngineSettings:
+    """What is best on most machines of this kind, or on ARM or x86.
 
     On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
     18096, 19356, 19360); the file is read then, as a mapped one would be a second copy. On x86 they
     were slower than the plain ones here, which unpack a weight once for up to 256 positions. A
     spinning thread gains nothing that can be measured on a quiet machine, and takes the core away
-    from the thread it waits for on a busy one.
+    from the thread it waits for on a busy one. Two tiles side by side are faster than one after the
+    other with all threads, which wait for each other after every operator. Flash attention makes
+    prefill faster on x86 and decode slower; on ARM nobody measured it here.
     """
     threads = default_threads()
+    if arm is None:
+        arm = platform.machine().lower() in ("aarch64", "arm64")
     return EngineSettings(
         threads=threads,
         prefill_threads=threads,
         vision_threads=threads,
-        batch_size=256,
-        flash_attention="off",
+        vision_streams=min(2, threads),
+        batch_size=256 if arm else 512,
+        flash_attention="off" if arm else "prefill",
         repack=False,
         mmap=True,
         spinning=False,
         tiles_per_call=1,
-    ).with_repack(platform.machine().lower() in ("aarch64", "arm64"))
+    ).with_repack(arm)
 
 
 def engine_defaults() -> EngineSettings:
@@ -95,6 +115,7 @@ def engine_defaults() -> EngineSettings:
         threads=threads,
         prefill_threads=threads,
         vision_threads=threads,
+        vision_streams=1,
         batch_size=512,
         flash_attention="auto",
         repack=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -49,8 +51,7 @@ def within_memory(
         return replace(settings, residency="in-turns"), engines
 
     least: RequestPlan | None = None
-    for candidate, batch_size in _candidates(settings, engines, manifest.image_processor):
-        tried = replace(engines, batch_size=batch_size)
+    for candidate, tried in _candidates(settings, engines, manifest.image_processor):
         plan = _plan(model, candidate, tried)
         if plan.memory.peak <= settings.ram:
             fitted = replace(
@@ -65,7 +66,7 @@ def within_memory(
                 settings.ram / 1e6,
                 candidate.residency,
                 candidate.kv_type,
-                batch_size,
+                tried.batch_size,
                 _tiles(candidate.max_tiles),
                 plan.memory.peak / 1e6,
             )
@@ -78,7 +79,7 @@ def within_memory(
     parts = (
         ("vision", memory.vision_weights + memory.onnxruntime_arena),
         ("decoder", memory.decoder_weights + memory.repacked_weights),
-        ("KV cache and buffers", memory.kv_cache + memory.compute_buffers),
+        ("KV cache and buffers", memory.kv_cache + memory.prefill_cache + memory.compute_buffers),
         ("Python and picture", memory.python + memory.picture),
     )
     needs = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts)
@@ -92,22 +93,26 @@ def within_memory(
 
 def _candidates(
     settings: MachineSettings, engines: EngineSettings, processor: ImageProcessor
-) -> Iterator[tuple[MachineSettings, int]]:
+) -> Iterator[tuple[MachineSettings, EngineSettings]]:
     """From the best to the smallest."""
     given = settings.fixed_engine_settings()
-    batch = engines.batch_size
-    smaller = [n for n in (128, 64, 32) if n < batch and "batch_size" not in given]
+    steps = [engines]
+    if engines.flash_attention == "prefill" and "flash_attention" not in given:
+        steps.append(replace(engines, flash_attention="off"))  # no cache of a prompt's own
+    if "batch_size" not in given:
+        smaller = [n for n in (256, 128, 64, 32) if n < engines.batch_size]
+        steps += [replace(steps[-1], batch_size=n) for n in smaller]
     auto = settings.residency == "auto"
     residencies = ("together", "in-turns") if auto else (settings.residency,)
     # f16 is what nobody asked for; q4_0 comes last because it is the one that costs quality.
     free = settings.kv_type == "f16"
     most = min(processor.max_crops, settings.max_tiles or processor.max_crops)
     for residency in residencies:
-        for size in (batch, *smaller):
-            yield replace(settings, residency=residency), size
+        for step in steps:
+            yield replace(settings, residency=residency), step
     for kv_type in ("q8_0", "q4_0") if free else (settings.kv_type,):
         for tiles in range(most, 0, -1):
-            yield replace(settings, residency=residency, kv_type=kv_type, max_tiles=tiles), size
+            yield replace(settings, residency=residency, kv_type=kv_type, max_tiles=tiles), step
 
 
 def _plan(model: ModelSizes, settings: MachineSettings, engines: EngineSettings) -> RequestPlan:
@@ -119,20 +124,22 @@ def _plan(model: ModelSizes, settings: MachineSettings, engines: EngineSettings)
     )
 
 
-def request_settings(settings: MachineSettings, engines: EngineSettings) -> RequestSettings:
-    """What the planner has to know."""
-    import platform
-
-    here = family(platform.machine())
+def request_settings(
+    settings: MachineSettings, engines: EngineSettings, *, processor_family: str | None = None
+) -> RequestSettings:
+    """What the planner has to know; of a Linux machine if a ``processor_family`` is given."""
+    here = processor_family or family(platform.machine())
     return RequestSettings(
         answer_tokens=DEFAULT_MAX_TOKENS,
         kv_type=settings.kv_type,
         batch_size=engines.batch_size,
-        flash_attention=engines.flash_attention != "off",
+        flash_attention="on" if engines.flash_attention == "auto" else engines.flash_attention,
         repack=engines.repack,
         mmap=engines.mmap,
+        on_demand=processor_family is not None or sys.platform == "linux",
         residency="in-turns" if settings.residency == "in-turns" else "together",
         tiles_per_call=engines.tiles_per_call,
+        vision_streams=engines.streams,
         processor_family=here if here in cost.REPACKED else "x86",
     )
 

@@ -39,6 +39,7 @@ class MachineSettings:
     threads: int | None = None
     prefill_threads: int | None = None
     vision_threads: int | None = None
+    vision_streams: int | None = None
     batch_size: int | None = None
     flash_attention: str | None = None
     repack: bool | None = None
@@ -126,7 +127,14 @@ class MachineSettings:
         values: dict[str, object] = {"cache": pictures_cache(environment)}
         readers: dict[str, Callable[[str], object]] = {
             **dict.fromkeys(
-                ("threads", "prefill_threads", "vision_threads", "batch_size", "tiles_per_call"),
+                (
+                    "threads",
+                    "prefill_threads",
+                    "vision_threads",
+                    "vision_streams",
+                    "batch_size",
+                    "tiles_per_call",
+                ),
                 _whole_number,
             ),
             **dict.fromkeys(("repack", "mmap", "spinning", "engine_logs"), _switch),

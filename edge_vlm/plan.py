@@ -13,6 +13,7 @@ from typing import Any
 from edge_vlm import cost
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Decoder, ImageProcessor, Manifest
 from edge_vlm.cost import CONTEXT_STEP, VisionSizes
+from edge_vlm.engine_settings import FLASH_ROWS, FLASH_TILE, SCORES_BATCH
 from edge_vlm.errors import BudgetError, InputError
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.speeds import Speeds
@@ -65,18 +66,21 @@ class RequestSettings:
     question_tokens: int = QUESTION_TOKENS  # of the prompt, besides the picture
     answer_tokens: int = 512  # room for them is made before the answer begins
     kv_type: str = "f16"
-    batch_size: int = 256
-    flash_attention: bool = False  # always on with a quantized KV cache, which needs it
+    batch_size: int = 512
+    flash_attention: str = "prefill"  # off, on or prefill; on with a quantized KV cache
     repack: bool = False  # let llama.cpp interleave matrices: with mmap, copies of them
     mmap: bool = True
+    on_demand: bool = True  # what is mapped comes into memory when it is read: on Linux
     residency: str = "together"  # or in-turns: the vision session is released before the decoder
     tiles_per_call: int = 1
+    vision_streams: int = 2
     processor_family: str = "x86"  # or arm; decides what is repacked
 
     def __post_init__(self) -> None:
         for name, known in (
             ("kv_type", tuple(KV_TYPES)),
             ("residency", RESIDENCIES),
+            ("flash_attention", ("off", "on", "prefill")),
             ("processor_family", tuple(cost.REPACKED)),
         ):
             if getattr(self, name) not in known:
@@ -95,27 +99,36 @@ class Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by component; ``peak`` is what the process needs at its largest."""
+    """Bytes by component; ``peak`` is what the process needs at its largest.
+
+    ``decoder_weights`` are those in memory while it answers. ``prefill_cache`` is what a prompt's
+    own KV cache adds to that, see ``flash_attention`` of ``EngineSettings``.
+    """
 
     python: int
     picture: int  # pixels, crops and embeddings
     vision_weights: int
     onnxruntime_arena: int
     decoder_weights: int
+    token_table: int  # in memory only while the decoder is loaded
     repacked_weights: int
     kv_cache: int
+    prefill_cache: int
     compute_buffers: int
     residency: str
+    on_demand: bool  # whether the decoder's weights come into memory when they are read
 
     @property
     def peak(self) -> int:
         """Peak resident bytes."""
-        vision = self.vision_weights + self.onnxruntime_arena
-        decoder = (
-            self.decoder_weights + self.repacked_weights + self.kv_cache + self.compute_buffers
-        )
-        both = vision + decoder if self.residency == "together" else max(vision, decoder)
-        return self.python + self.picture + both
+        weights = self.decoder_weights + self.repacked_weights
+        encoding = self.vision_weights + self.onnxruntime_arena
+        answering = weights + self.kv_cache + self.prefill_cache + self.compute_buffers
+        if self.residency == "together":
+            encoding += 0 if self.on_demand else weights
+            answering += self.vision_weights
+        loading = weights + self.token_table
+        return self.python + self.picture + max(loading, encoding, answering)
 
 
 @dataclass(frozen=True)
@@ -223,7 +236,10 @@ def plan_request(
         cost.context_size(decoder.max_sequence_length),
     )
     crop_bytes = 4 * processor.n_patches * processor.patch_values
-    flash = settings.flash_attention or settings.kv_type.startswith("q")
+    on_demand = settings.mmap and settings.on_demand
+    (_, table), (_, head) = cost.table_and_head(decoder, decoder.precision)
+    table = table if on_demand and not decoder.tied_head else 0
+    buffers, prefill_cache = _prefill_bytes(decoder, settings, context, image.image_tokens)
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
     memory = Memory(
         python=cost.PYTHON_BYTES,
@@ -231,17 +247,23 @@ def plan_request(
         picture=3 * width * height + image.crops * (crop_bytes + 2 * vector_bytes),
         vision_weights=model.parsed_bytes
         + round(model.vision_bytes * cost.VISION_GROWTH.get(model.vision_precision, 1.0)),
-        onnxruntime_arena=cost.arena_bytes(processor, vision, settings.tiles_per_call),
-        decoder_weights=model.decoder_bytes,
+        onnxruntime_arena=cost.arena_bytes(
+            processor,
+            vision,
+            settings.tiles_per_call,
+            min(image.crops, settings.vision_streams + image.crops % settings.vision_streams),
+        ),
+        decoder_weights=model.decoder_bytes - table,
+        token_table=table,
         repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
         if settings.repack and settings.mmap
         else 0,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
-        compute_buffers=cost.compute_bytes(
-            decoder, context, settings.batch_size, settings.kv_type, flash
-        )
-        + cost.work_bytes(decoder, context, settings.batch_size, flash),
+        # The head is not read before the prompt's own cache is gone.
+        prefill_cache=max(0, prefill_cache - (head if on_demand else 0)),
+        compute_buffers=buffers,
         residency=settings.residency,
+        on_demand=on_demand,
     )
     return RequestPlan(
         image=image,
@@ -256,6 +278,27 @@ def plan_request(
         memory=memory,
         seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
     )
+
+
+def _prefill_bytes(
+    decoder: Decoder, settings: RequestSettings, context: int, image_tokens: int
+) -> tuple[int, int]:
+    """Bytes of the compute buffers, and what a prompt's own KV cache and buffers take besides."""
+
+    def buffers(n_context: int, batch_size: int, flash: bool) -> int:
+        return cost.compute_bytes(
+            decoder, n_context, batch_size, settings.kv_type, flash
+        ) + cost.work_bytes(decoder, n_context, batch_size, flash)
+
+    mode, batch_size = settings.flash_attention, settings.batch_size
+    if mode != "prefill" or settings.kv_type.startswith("q"):
+        flash = mode == "on" or settings.kv_type.startswith("q")
+        return buffers(context, batch_size, flash), 0
+    resting = buffers(context, min(batch_size, SCORES_BATCH), False)
+    if batch_size < FLASH_TILE or image_tokens < FLASH_ROWS:
+        return resting, 0
+    own = cost.kv_bytes(decoder, image_tokens, settings.kv_type)
+    return resting, own + buffers(cost.context_size(image_tokens), batch_size, True) - resting
 
 
 def _predict(

@@ -86,11 +86,8 @@ class TileCache:
         for done in range(n_known):
             report(done + 1)
         try:
-            for start in range(0, len(wanted), self._vision.tiles_per_call):
-                part = wanted[start : start + self._vision.tiles_per_call]
-                rows = self._vision.encode_crops(
-                    tiles.crops[part], tiles.is_last[part], cancel=cancel
-                )
+            ready = self._vision.encode_parts(tiles.crops, tiles.is_last, wanted, cancel=cancel)
+            for part, rows in ready:
                 for index, row in zip(part, rows, strict=True):
                     out[index] = row
                     kept = row.copy()  # not a view that would keep the others alive

@@ -37,11 +37,12 @@ TYPICAL_PROMPT, TYPICAL_ANSWER = 1744, 100
 
 MARGINS = {
     "repack": 0.05,  # a copy of the weights
-    "flash_attention": 0.1,  # moves the logits
+    "flash_attention": 0.05,  # memory, or logits that move
     "batch_size": 0.05,  # larger compute buffers
     "mmap": 0.1,  # memory that the system cannot take back
     "spinning": 0.15,  # several times slower beside another program
-    "tiles_per_call": 0.05,  # a larger arena
+    "vision_streams": 0.05,  # a larger arena
+    "tiles_per_call": 0.05,  # the same
 }
 DEFAULT_MARGIN = 0.03
 
@@ -177,12 +178,13 @@ def _steps(
     fewer = [n for n in dict.fromkeys((physical - 1, physical // 2)) if n > 0]
     steps: list[tuple[str, str, Sequence[Any]]] = [
         ("repack", "request", (not start.repack,)),
-        ("flash_attention", "request", ("on",)),
-        ("batch_size", "prefill", (64, 128, 512)),
+        ("flash_attention", "request", ("prefill", "off", "on")),
+        ("batch_size", "prefill", (512, 256, 128, 64)),
         ("prefill_threads", "prefill", (logical,)),
         ("threads", "decode", fewer),
         ("mmap", "request", (not start.mmap,)),
         ("vision_threads", "vision", (logical,)),
+        ("vision_streams", "vision", (2, 1, physical)),
         ("tiles_per_call", "vision", (2, 4)),
         ("spinning", "everything", (not start.spinning,)),
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -67,7 +68,7 @@ class VisionTower:
         return {
             "files": {name: files[name].sha256 for name in files if name != DECODER_NAME},
             "onnxruntime": _version(),
-            "threads": self._engines.vision_threads,
+            "threads": self._threads_per_stream,
             "tiles_per_call": self._engines.tiles_per_call,
             "provider": self._provider,
         }
@@ -79,9 +80,8 @@ class VisionTower:
         return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
 
     @property
-    def tiles_per_call(self) -> int:
-        """Crops that ``encode_crops`` is best called with."""
-        return self._engines.tiles_per_call
+    def _threads_per_stream(self) -> int:
+        return self._engines.vision_threads // self._engines.streams
 
     def load(self) -> Any:
         """The session; it is created unless it is there.
@@ -123,7 +123,7 @@ class VisionTower:
         ort = import_onnxruntime()
 
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._engines.vision_threads
+        options.intra_op_num_threads = self._threads_per_stream
         options.inter_op_num_threads = 1
         spinning = "1" if self._engines.spinning else "0"
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
@@ -145,8 +145,11 @@ class VisionTower:
     @property
     def providers(self) -> list[str]:
         """Ids of the execution providers in use, the first preferred."""
-        self.load()
-        return list(self._session.get_providers())
+        return list(self.load().get_providers())
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.providers[0] == "CPUExecutionProvider"
 
     def encode(
         self,
@@ -165,12 +168,53 @@ class VisionTower:
             BundleError: see ``load``.
         """
         out = np.empty((len(tiles.crops), *self.output_shape), np.float32)
-        for start in range(0, len(out), self.tiles_per_call):
-            part = slice(start, start + self.tiles_per_call)
-            out[part] = self.encode_crops(tiles.crops[part], tiles.is_last[part], cancel=cancel)
+        n_done = 0
+        for part, rows in self.encode_parts(tiles.crops, tiles.is_last, cancel=cancel):
+            out[part] = rows
+            n_done += len(part)
             if progress:
-                progress(min(part.stop, len(out)))
+                progress(n_done)
         return out
+
+    def encode_parts(
+        self,
+        crops: Float32,
+        is_last: npt.NDArray[np.bool_],
+        wanted: Sequence[int] | None = None,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> Iterator[tuple[list[int], Float32]]:
+        """Embeddings of the crops with the indices ``wanted`` (all), as they become ready.
+
+        Yields indices and embeddings, (n, tokens_per_crop, hidden_size); errors as ``encode``.
+        """
+        wanted = range(len(crops)) if wanted is None else wanted
+        size = self._engines.tiles_per_call
+        parts = [list(wanted[i : i + size]) for i in range(0, len(wanted), size)]
+
+        def run(part: list[int]) -> tuple[list[int], Float32]:
+            return part, self.encode_crops(crops[part], is_last[part], cancel=cancel)
+
+        streams = self._engines.streams if self._on_cpu else 1
+        if streams == 1 or len(parts) < 2:
+            yield from map(run, parts)
+            return
+        # The last ones run all at once: a single one would leave the other streams' cores idle.
+        at_the_end = streams + len(parts) % streams
+        with ThreadPoolExecutor(at_the_end, "vision") as pool:
+            running: set[Future[tuple[list[int], Float32]]] = set()
+            while parts or running:
+                left = len(parts) + len(running)
+                while parts and len(running) < (at_the_end if left <= at_the_end else streams):
+                    running.add(pool.submit(run, parts.pop(0)))
+                ready, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield future.result()
+
+    def rest(self) -> None:
+        """Give back what onnxruntime needed while it encoded; the weights stay."""
+        if self._session is not None and self._on_cpu and not self._takes_one_crop:
+            self._run_on_nothing(**{"memory.enable_memory_arena_shrinkage": "cpu:0"})
 
     def encode_crops(
         self, crops: Float32, is_last: npt.NDArray[np.bool_], *, cancel: CancelToken | None = None
@@ -186,18 +230,26 @@ class VisionTower:
     def marker_embeddings(self) -> Float32:
         """(3, hidden_size): decoder embeddings of <im_start>, <im_col> and <im_end>."""
         self.load()
+        return self._run_on_nothing()
+
+    def _run_on_nothing(self, **config: str) -> Float32:
+        """A run for the markers, which depend on no crop."""
         settings = self._bundle.manifest.image_processor
         n_crops = 1 if self._takes_one_crop else 0
         crops = np.zeros((n_crops, settings.n_patches, settings.patch_values), np.float32)
         feed = {"crops": crops, "is_last": np.zeros(n_crops, bool)}
-        return self._run("marker_embeddings", feed, None)
+        return self._run("marker_embeddings", feed, None, **config)
 
-    def _run(self, output: str, feed: dict[str, Any], cancel: CancelToken | None) -> Float32:
+    def _run(
+        self, output: str, feed: dict[str, Any], cancel: CancelToken | None, **config: str
+    ) -> Float32:
         session = self.load()
         ort = import_onnxruntime()
 
         run = ort.RunOptions()
         run.log_severity_level = self._severity
+        for key, value in config.items():
+            run.add_run_config_entry(key, value)
 
         def stop() -> None:
             run.terminate = True

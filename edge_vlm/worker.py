@@ -161,6 +161,7 @@ class _Measurements:
                 context.truncate(0)
             started = time.perf_counter()
             context.append_tokens(ids, logits=True)
+            context.settle()
             prefilled = time.perf_counter()
             for index in range(answer):
                 context.append_tokens([ids[index % prompt]], logits=True)
@@ -185,12 +186,10 @@ class _Measurements:
         shape = (crops, processor.n_patches, processor.patch_values)
         pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
         last = np.zeros(crops, bool)
-        step = tower.tiles_per_call
         if fresh:
-            tower.encode_crops(pixels[:step], last[:step])  # memory is laid out in the first run
+            list(tower.encode_parts(pixels, last))  # memory is laid out in the first run
         started = time.perf_counter()
-        for start in range(0, crops, step):
-            tower.encode_crops(pixels[start : start + step], last[start : start + step])
+        list(tower.encode_parts(pixels, last))
         return {"vision": time.perf_counter() - started}
 
     def load(self, *, model: str, engines: dict[str, Any]) -> dict[str, float]:

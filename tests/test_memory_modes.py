@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle import Bundle as OpenBundle
 from edge_vlm.decoder import Decoder
 from edge_vlm.engine_settings import EngineSettings, engine_defaults, untuned
-from edge_vlm.errors import InputError
+from edge_vlm.errors import InputError, VisionError
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.machine import KV_TYPES
 
@@ -120,12 +121,14 @@ def test_what_a_smaller_kv_cache_costs(bundle: Callable[..., Path]) -> None:
         {"threads": 2},
         {"batch_size": 17},
         {"flash_attention": "on"},
+        {"flash_attention": "off"},
+        {"vision_threads": 2, "vision_streams": 2},
         {"repack": True},
         {"mmap": False},
         {"spinning": True},
         {"tiles_per_call": 3},
     ],
-    ids=lambda change: "-".join(map(str, *change.items())),
+    ids=lambda change: "-".join(f"{name}-{value}" for name, value in change.items()),
 )
 def test_engine_settings_do_not_change_an_answer(together: EdgeVLM, change: dict[str, Any]) -> None:
     expected = together.ask(PICTURES[0], QUESTION, max_tokens=8)
@@ -186,6 +189,74 @@ def test_crops_of_one_call_are_those_of_many(bundle: Callable[..., Path]) -> Non
     engines = [EngineSettings(**{**vars(untuned()), "tiles_per_call": n}) for n in (1, 4)]
     found = [VisionTower(opened, one).encode(tiles) for one in engines]
     np.testing.assert_allclose(found[0], found[1], atol=2e-4)
+
+
+@pytest.mark.parametrize("wanted", [[], [2], [0, 3], [0, 1, 2, 3, 4]])
+def test_streams_encode_the_same(bundle: Callable[..., Path], wanted: list[int]) -> None:
+    from edge_vlm.vision import VisionTower
+
+    opened = OpenBundle.open(bundle("tiny-126-tied"))
+    processor = opened.manifest.image_processor
+    shape = (5, processor.n_patches, processor.patch_values)
+    crops = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    last = np.array([False] * 4 + [True])
+    found = []
+    for streams in (1, 2, 3):
+        engines = replace(untuned(), vision_threads=streams, vision_streams=streams)
+        tower = VisionTower(opened, engines)
+        rows = {part[0]: row for part, (row,) in tower.encode_parts(crops, last, wanted)}
+        assert sorted(rows) == wanted
+        tower.rest()
+        found.append(np.array([rows[index] for index in wanted]))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
+def test_streams_stop_with_the_first_error(
+    bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edge_vlm.vision import VisionTower
+
+    opened = OpenBundle.open(bundle("tiny-126-tied"))
+    tower = VisionTower(opened, replace(untuned(), vision_threads=2, vision_streams=2))
+    calls = []
+
+    def fail(crops: Any, is_last: Any, **_: Any) -> Any:
+        calls.append(len(crops))
+        raise VisionError("onnxruntime failed")
+
+    monkeypatch.setattr(tower, "encode_crops", fail)
+    crops = np.zeros((9, 1, 1), np.float32)
+    with pytest.raises(VisionError):
+        list(tower.encode_parts(crops, np.zeros(9, bool)))
+    assert len(calls) <= 4
+
+
+def test_no_more_streams_than_threads() -> None:
+    assert replace(untuned(), vision_threads=1, vision_streams=2).streams == 1
+    assert replace(untuned(), vision_threads=4, vision_streams=2).streams == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing happens")
+def test_a_mapped_file_leaves_memory_until_it_is_read(tmp_path: Path) -> None:
+    import mmap
+
+    from edge_vlm.memory import forget_mapped
+
+    path = tmp_path / "a file"
+    path.write_bytes(bytes(range(256)) * 4096 * 16)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        before = resident()
+        forget_mapped(path)
+        assert before - resident() > 0.9 * len(mapped)
+        assert mapped[255] == 255
+        forget_mapped(tmp_path / "another file")
 
 
 def test_embeddings_do_not_keep_the_memory_of_onnxruntime(bundle: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edge_vlm_export import export_checkpoint
@@ -22,7 +23,7 @@ from edge_vlm.engine_settings import untuned
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.machine import KV_TYPES as KV_ELEMENT_BYTES
 from edge_vlm.paper import efficiency_table
-from edge_vlm.plan import ModelSizes, RequestSettings, plan_request
+from edge_vlm.plan import Memory, ModelSizes, RequestSettings, plan_request
 from edge_vlm.profiles import PROFILES
 from edge_vlm.released import DECODER_PRECISIONS, VISION_BYTES, model_sizes
 from edge_vlm.speeds import Speeds
@@ -52,10 +53,13 @@ def test_kv_and_compute_bytes_are_llama_cpps(
 ) -> None:
     bundle = Bundle.open(embedded_bundle())
     geometry = bundle.manifest.decoder
-    engines = dataclasses.replace(untuned(), threads=1, prefill_threads=1, batch_size=batch)
+    engines = dataclasses.replace(
+        untuned(), threads=1, prefill_threads=1, batch_size=batch, flash_attention="off"
+    )
     decoder = Decoder(bundle, engines, kv_type=kv_type, logs=True)
     capsys.readouterr()
     with decoder.context(positions) as context:
+        context.settle()
         size = context.capacity
     decoder.close()
     Decoder(bundle, engines, kv_type=kv_type, logs=False).close()
@@ -185,12 +189,42 @@ def test_vision_weights_in_memory() -> None:
 
 
 def test_turns_need_less_memory() -> None:
-    together = plan_request(model_sizes(), *LARGEST).memory
-    turns = plan_request(model_sizes(), *LARGEST, RequestSettings(residency="in-turns")).memory
-    parts = [value for value in dataclasses.asdict(together).values() if isinstance(value, int)]
-    assert together.peak == sum(parts)
-    assert turns.peak < together.peak
+    model = model_sizes("int8", "q4_k_m")
+    together = plan_request(model, *LARGEST).memory
+    turns = plan_request(model, *LARGEST, RequestSettings(residency="in-turns")).memory
+    assert together.peak - turns.peak == together.vision_weights
     assert turns.peak > max(turns.vision_weights, turns.decoder_weights)
+    parts = dataclasses.asdict(together)
+    named = (
+        "vision_weights",
+        "decoder_weights",
+        "kv_cache",
+        "compute_buffers",
+        "picture",
+        "python",
+    )
+    # The prompt's own cache is gone before the head is read.
+    assert together.prefill_cache == 0
+    assert together.peak == sum(parts[name] for name in named)
+
+
+def test_a_prompts_own_cache_and_pages_that_are_not_read() -> None:
+    def memory(**settings: Any) -> Memory:
+        model = model_sizes("int8", "q4_k_m")
+        return plan_request(model, *LARGEST, RequestSettings(**settings)).memory
+
+    lean, whole = memory(), memory(on_demand=False)
+    assert lean.token_table == whole.decoder_weights - lean.decoder_weights
+    assert whole.token_table == 0
+    decoder = model_sizes().decoder
+    n_weights = decoder.vocab_size * decoder.hidden_size
+    assert lean.token_table == pytest.approx(0.5625 * n_weights, rel=0.02)  # q4_K
+    # 1,744 positions, and the buffers of larger batches
+    assert whole.prefill_cache == pytest.approx(205e6, rel=0.1)
+    for none in ({"flash_attention": "off"}, {"flash_attention": "on"}, {"kv_type": "q8_0"}):
+        assert memory(on_demand=False, **none).prefill_cache == 0
+    assert memory(vision_streams=1).onnxruntime_arena < lean.onnxruntime_arena
+    assert memory(repack=True, mmap=False).on_demand is False
 
 
 @given(st.integers(32, 6000), st.integers(32, 6000), st.integers(1, 11))

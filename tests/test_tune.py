@@ -189,7 +189,8 @@ def test_memory_decides_on_everything_else(released: Any) -> None:
         return within_memory(settings, settings.engine_settings(), released)
 
     settings, engines = fit(8000)
-    assert (settings.residency, settings.kv_type, engines.batch_size) == ("together", "f16", 256)
+    assert (settings.residency, settings.kv_type) == ("together", "f16")
+    assert engines == untuned()
     seen = []
     for megabytes in range(3000, 1450, -50):
         settings, engines = fit(megabytes)

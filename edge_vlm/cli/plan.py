@@ -157,16 +157,15 @@ def _settings(
 ) -> RequestSettings:
     from dataclasses import replace
 
+    from edge_vlm.engine_settings import untuned
     from edge_vlm.limits import request_settings
     from edge_vlm.machine import MachineSettings
 
     request["answer_tokens"] = request.pop("max_tokens")
-    engines = MachineSettings.from_environment().engine_settings(
-        tuning.settings if tuning else None
-    )
-    settings = request_settings(MachineSettings(), engines)
-    if profile:  # what it interleaves is read, not mapped: there is no second copy
-        settings = replace(settings, repack=False, processor_family=profile.processor_family)
+    family = profile.processor_family if profile else None
+    best = untuned(family == "arm") if family else tuning.settings if tuning else None
+    engines = MachineSettings.from_environment().engine_settings(best)
+    settings = request_settings(MachineSettings(), engines, processor_family=family)
     return replace(settings, **{key: value for key, value in request.items() if value is not None})
 
 
@@ -227,6 +226,7 @@ def _components(memory: Memory) -> tuple[tuple[str, int], ...]:
         ("decoder", memory.decoder_weights),
         ("repacked", memory.repacked_weights),
         ("KV cache", memory.kv_cache),
+        ("prompt's own", memory.prefill_cache),
         ("buffers", memory.compute_buffers),
         ("picture", memory.picture),
         ("Python", memory.python),

@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edge_vlm.engine_settings import untuned
 from edge_vlm.errors import InputError
-from edge_vlm.plan import RequestSettings, plan_request
+from edge_vlm.limits import request_settings
+from edge_vlm.machine import MachineSettings
+from edge_vlm.plan import plan_request
 from edge_vlm.released import model_sizes
 
 if sys.version_info >= (3, 11):
@@ -119,11 +122,11 @@ def expected(recipe: Recipe) -> Expected:
     on_gpu = recipe.ask.gpu_layers is not None
     if on_gpu:  # keeps fp16 as it is: the planner's copies are those of the CPU
         model = replace(model, vision_precision="as stored")
-    settings = RequestSettings(
-        processor_family=recipe.expected.processor,
-        kv_type=recipe.ask.kv_type or "f16",
-        residency=recipe.ask.residency or "together",
+    family = recipe.expected.processor
+    machine = MachineSettings(
+        kv_type=recipe.ask.kv_type or "f16", residency=recipe.ask.residency or "together"
     )
+    settings = request_settings(machine, untuned(family == "arm"), processor_family=family)
     plan = plan_request(model, *PICTURE, settings, max_tiles=recipe.ask.max_tiles)
     return Expected(
         processor=recipe.expected.processor,
