@@ -29,7 +29,7 @@ from edge_vlm.memory import peak_rss_bytes
 from edge_vlm.messages import ImagePart, Message, Text, check_messages, images_of
 from edge_vlm.options import AskOptions
 from edge_vlm.picture import Crops, EncodedImage, Picture, encode_pictures, open_picture
-from edge_vlm.plan import budget_positions, check_budget, limit_tiles
+from edge_vlm.plan import ModelSizes, budget_positions, check_budget, limit_tiles
 from edge_vlm.prefix_cache import PrefixCache, picture_ends
 from edge_vlm.prompt import PromptBuilder, Rendered, Span, TokenSpan
 from edge_vlm.speeds import Speeds
@@ -439,7 +439,12 @@ class Conversation:
         engine = self._engine
         sizes = [(one.shape[1], one.shape[0]) for one in sources if isinstance(one, np.ndarray)]
         return tiles_within(
-            seconds, sizes, engine.manifest, engine.settings, engine.engines, engine.speeds
+            seconds,
+            sizes,
+            ModelSizes.of(engine.manifest),
+            engine.settings,
+            engine.engines,
+            engine.speeds,
         )
 
     def _prompt(

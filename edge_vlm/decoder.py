@@ -50,7 +50,8 @@ class Decoder:
     """Weights, vocabulary and chat template of a bundle's ``decoder.gguf``.
 
     With ``in_turns``, the weights are loaded when a context is used and can be released again;
-    contexts survive that.
+    contexts survive that. A context keeps its KV caches, of which it may have two, within
+    ``kv_budget`` bytes where it can choose.
 
     Raises:
         BundleError: llama.cpp cannot load it, or it differs from the manifest.
@@ -63,6 +64,7 @@ class Decoder:
         engines: EngineSettings | None = None,
         *,
         kv_type: str = "f16",
+        kv_budget: int | None = None,
         layers_on_gpu: str | int = 0,
         in_turns: bool = False,
         logs: bool = False,
@@ -72,6 +74,7 @@ class Decoder:
         self._geometry = bundle.manifest.decoder
         self._engines = engines = engines or untuned()
         self._kv_type = kv_type
+        self._kv_budget = kv_budget
         # A quantized V cache exists for flash attention alone.
         self._flash_attention = "on" if kv_type.startswith("q") else engines.flash_attention
         self._in_turns = in_turns
@@ -415,17 +418,15 @@ class Context:
         the KV cache is moved when something else is asked for. What is in front of it is short,
         and room for the rest is made only then: there are never more than two caches.
         """
-        mode, n_cached = self._decoder._flash_attention, self.n_positions
-        flash, room = False, self._capacity
-        if mode == "prefill" and n_rows:
-            big = self._decoder._engines.batch_size >= FLASH_TILE
-            flash = big and n_rows >= FLASH_ROWS and (self._flash or n_rows >= n_cached)
-            if flash or (n_cached == 0 and n_rows < FLASH_TILE):
-                room = context_size(n_cached + n_rows)
+        n_cached, room = self.n_positions, self._capacity
+        old = self._open() if n_cached else self._context
+        flash = self._takes_flash(n_rows, n_cached)
+        before_a_picture = self._decoder._flash_attention == "prefill" and 0 < n_rows < FLASH_TILE
+        if flash or (before_a_picture and not n_cached):
+            room = context_size(n_cached + n_rows)
         needed = n_cached + n_rows if n_rows else room
-        if self._context is not None and flash == self._flash and needed <= self._room:
+        if old is not None and flash == self._flash and needed <= self._room:
             return
-        old = self._open() if n_cached else None
         new = self._create(room, flash)
         try:
             if n_cached and flash != self._flash:
@@ -437,6 +438,15 @@ class Context:
             raise
         self._drop()
         self._hold(new, room, flash)
+
+    def _takes_flash(self, n_rows: int, n_cached: int) -> bool:
+        decoder = self._decoder
+        if decoder._flash_attention != "prefill" or decoder._engines.batch_size < FLASH_TILE:
+            return False
+        both = self.kv_bytes + kv_bytes(context_size(n_cached + n_rows), decoder)
+        if decoder._kv_budget is not None and both > decoder._kv_budget:
+            return False
+        return n_rows >= FLASH_ROWS and (self._flash or n_rows >= n_cached)
 
     def _create(self, n_positions: int, flash: bool = False) -> Any:
         """An empty context; with ``flash`` for a prompt alone."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from edge_vlm import cost
-from edge_vlm.bundle import ImageProcessor, Manifest
+from edge_vlm.bundle import ImageProcessor
 from edge_vlm.engine_settings import EngineSettings
 from edge_vlm.errors import BudgetError
 from edge_vlm.hardware import family, memory_limit
@@ -27,38 +27,44 @@ _log = logging.getLogger(__name__)
 
 
 def within_memory(
-    settings: MachineSettings, engines: EngineSettings, manifest: Manifest
+    settings: MachineSettings,
+    engines: EngineSettings,
+    model: ModelSizes,
+    *,
+    processor_family: str | None = None,
 ) -> tuple[MachineSettings, EngineSettings]:
     """Settings with which one picture of any size, and its answer, fit in ``settings.ram``.
 
     What costs the least is given up first: buffers, then time (residency), then the last bits of
     the KV cache, then tiles, at last more bits of the cache. Settings that are given stay. With
     ``residency`` "auto" and no ``ram``, only the residency is chosen, by the memory that is
-    available now.
+    available now. ``processor_family`` is that of another machine.
 
     Raises:
         BudgetError: it cannot be done; the message says how much is missing.
     """
-    model = ModelSizes.of(manifest)
     if settings.ram is None:
         if settings.residency != "auto":
             return settings, engines
         together = replace(settings, residency="together")
         limit = memory_limit()
         free = SPARE * min(available_bytes(), limit or available_bytes())
-        if _plan(model, together, engines).memory.peak <= free:
+        if _plan(model, together, engines, processor_family).memory.peak <= free:
             return together, engines
         return replace(settings, residency="in-turns"), engines
 
     least: RequestPlan | None = None
-    for candidate, tried in _candidates(settings, engines, manifest.image_processor):
-        plan = _plan(model, candidate, tried)
+    for candidate, tried in _candidates(settings, engines, model.processor):
+        plan = _plan(model, candidate, tried, processor_family)
         if plan.memory.peak <= settings.ram:
             fitted = replace(
                 candidate,
                 kv_budget=min(
                     candidate.kv_budget,
-                    plan.memory.kv_cache + settings.ram - plan.memory.peak,
+                    plan.memory.kv_cache
+                    + plan.memory.prompt_kv_cache
+                    + settings.ram
+                    - plan.memory.peak,
                 ),
             )
             _log.warning(
@@ -79,7 +85,7 @@ def within_memory(
     parts = (
         ("vision", memory.vision_weights + memory.onnxruntime_arena),
         ("decoder", memory.decoder_weights + memory.repacked_weights),
-        ("KV cache and buffers", memory.kv_cache + memory.prefill_cache + memory.compute_buffers),
+        ("KV cache and buffers", memory.kv_cache + memory.prompt_kv_cache + memory.compute_buffers),
         ("Python and picture", memory.python + memory.picture),
     )
     needs = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts)
@@ -115,13 +121,17 @@ def _candidates(
             yield replace(settings, residency=residency, kv_type=kv_type, max_tiles=tiles), step
 
 
-def _plan(model: ModelSizes, settings: MachineSettings, engines: EngineSettings) -> RequestPlan:
+def _plan(
+    model: ModelSizes,
+    settings: MachineSettings,
+    engines: EngineSettings,
+    processor_family: str | None,
+) -> RequestPlan:
     """For the picture with the most image tokens."""
     processor = limit_tiles(model.processor, settings.max_tiles)
     width, height = largest_picture(processor)
-    return plan_request(
-        model, width, height, request_settings(settings, engines), max_tiles=settings.max_tiles
-    )
+    request = request_settings(settings, engines, processor_family=processor_family)
+    return plan_request(model, width, height, request, max_tiles=settings.max_tiles)
 
 
 def request_settings(
@@ -132,6 +142,7 @@ def request_settings(
     return RequestSettings(
         answer_tokens=DEFAULT_MAX_TOKENS,
         kv_type=settings.kv_type,
+        kv_budget=settings.kv_budget,
         batch_size=engines.batch_size,
         flash_attention="on" if engines.flash_attention == "auto" else engines.flash_attention,
         repack=engines.repack,
@@ -159,7 +170,7 @@ def largest_picture(processor: ImageProcessor) -> tuple[int, int]:
 def tiles_within(
     seconds: float,
     sizes: Sequence[tuple[int, int]],
-    manifest: Manifest,
+    model: ModelSizes,
     settings: MachineSettings,
     engines: EngineSettings,
     speeds: Speeds | None,
@@ -169,7 +180,7 @@ def tiles_within(
     Args:
         seconds: from the question to the first token.
         sizes: (width, height) of the pictures.
-        manifest: of the bundle.
+        model: sizes of the model.
         settings: as loaded.
         engines: as loaded.
         speeds: measured by ``edge-vlm tune``.
@@ -181,7 +192,7 @@ def tiles_within(
         raise BudgetError(
             "within: how fast this machine is was not measured; run 'edge-vlm tune' once"
         )
-    model, most = ModelSizes.of(manifest), manifest.image_processor.max_crops
+    most = model.processor.max_crops
     request = request_settings(settings, engines)
     predicted = 0.0
     for tiles in range(min(most, settings.max_tiles or most), 0, -1):

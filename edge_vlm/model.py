@@ -19,7 +19,7 @@ from edge_vlm.machine import MachineSettings, cpu_identity
 from edge_vlm.messages import Message, Text, parse_messages, user_message
 from edge_vlm.options import AskOptions
 from edge_vlm.picture import EncodedImage, encode_pictures, open_picture
-from edge_vlm.plan import limit_tiles
+from edge_vlm.plan import ModelSizes, limit_tiles
 from edge_vlm.prefix_cache import PrefixCache
 from edge_vlm.prompt import PromptBuilder
 from edge_vlm.store import open_store
@@ -89,13 +89,14 @@ class EdgeVLM(_Closing):
         settings, engines = within_memory(
             settings,
             settings.engine_settings(tuning.settings if tuning else None),
-            bundle.manifest,
+            ModelSizes.of(bundle.manifest),
         )
         in_turns = settings.residency == "in-turns"
         decoder = Decoder(
             bundle,
             engines,
             kv_type=settings.kv_type,
+            kv_budget=settings.kv_budget,
             layers_on_gpu=settings.gpu_layers,
             in_turns=in_turns,
             logs=settings.engine_logs,

@@ -66,6 +66,7 @@ class RequestSettings:
     question_tokens: int = QUESTION_TOKENS  # of the prompt, besides the picture
     answer_tokens: int = 512  # room for them is made before the answer begins
     kv_type: str = "f16"
+    kv_budget: int | None = None  # bytes
     batch_size: int = 512
     flash_attention: str = "prefill"  # off, on or prefill; on with a quantized KV cache
     repack: bool = False  # let llama.cpp interleave matrices: with mmap, copies of them
@@ -101,8 +102,9 @@ class Flops:
 class Memory:
     """Bytes by component; ``peak`` is what the process needs at its largest.
 
-    ``decoder_weights`` are those in memory while it answers. ``prefill_cache`` is what a prompt's
-    own KV cache adds to that, see ``flash_attention`` of ``EngineSettings``.
+    ``decoder_weights`` are those in memory while it answers. ``prompt_kv_cache`` and
+    ``prompt_buffers`` are those of a prompt's own context, see ``flash_attention`` of
+    ``EngineSettings``, and are gone then.
     """
 
     python: int
@@ -111,10 +113,12 @@ class Memory:
     onnxruntime_arena: int
     decoder_weights: int
     token_table: int  # in memory only while the decoder is loaded
+    head: int  # part of the weights: in memory only from the first token on
     repacked_weights: int
     kv_cache: int
-    prefill_cache: int
     compute_buffers: int
+    prompt_kv_cache: int
+    prompt_buffers: int
     residency: str
     on_demand: bool  # whether the decoder's weights come into memory when they are read
 
@@ -123,12 +127,15 @@ class Memory:
         """Peak resident bytes."""
         weights = self.decoder_weights + self.repacked_weights
         encoding = self.vision_weights + self.onnxruntime_arena
-        answering = weights + self.kv_cache + self.prefill_cache + self.compute_buffers
+        prompt = self.prompt_kv_cache + self.prompt_buffers
+        prefilling = weights - self.head + self.kv_cache + prompt
+        answering = weights + self.kv_cache + self.compute_buffers
+        loading = weights + self.token_table
         if self.residency == "together":
             encoding += 0 if self.on_demand else weights
+            prefilling += self.vision_weights
             answering += self.vision_weights
-        loading = weights + self.token_table
-        return self.python + self.picture + max(loading, encoding, answering)
+        return self.python + self.picture + max(loading, encoding, prefilling, answering)
 
 
 @dataclass(frozen=True)
@@ -237,9 +244,14 @@ def plan_request(
     )
     crop_bytes = 4 * processor.n_patches * processor.patch_values
     on_demand = settings.mmap and settings.on_demand
-    (_, table), (_, head) = cost.table_and_head(decoder, decoder.precision)
-    table = table if on_demand and not decoder.tied_head else 0
-    buffers, prefill_cache = _prefill_bytes(decoder, settings, context, image.image_tokens)
+    table, head = 0, 0
+    if on_demand and not decoder.tied_head:
+        (_, table), (_, head) = cost.table_and_head(decoder, decoder.precision)
+    own = _prompt_kv_bytes(decoder, settings, context, image.image_tokens)
+    quantized = settings.kv_type.startswith("q")
+    flash, batch = settings.flash_attention == "on" or quantized, settings.batch_size
+    if settings.flash_attention == "prefill" and not quantized:
+        batch = min(batch, SCORES_BATCH)
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
     memory = Memory(
         python=cost.PYTHON_BYTES,
@@ -255,13 +267,18 @@ def plan_request(
         ),
         decoder_weights=model.decoder_bytes - table,
         token_table=table,
+        head=head,
         repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
         if settings.repack and settings.mmap
         else 0,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
-        # The head is not read before the prompt's own cache is gone.
-        prefill_cache=max(0, prefill_cache - (head if on_demand else 0)),
-        compute_buffers=buffers,
+        compute_buffers=_buffers(decoder, settings, context, batch, flash),
+        prompt_kv_cache=own,
+        prompt_buffers=_buffers(
+            decoder, settings, cost.context_size(image.image_tokens), settings.batch_size, True
+        )
+        if own
+        else 0,
         residency=settings.residency,
         on_demand=on_demand,
     )
@@ -280,25 +297,25 @@ def plan_request(
     )
 
 
-def _prefill_bytes(
+def _buffers(
+    decoder: Decoder, settings: RequestSettings, n_context: int, batch_size: int, flash: bool
+) -> int:
+    return cost.compute_bytes(
+        decoder, n_context, batch_size, settings.kv_type, flash
+    ) + cost.work_bytes(decoder, n_context, batch_size, flash)
+
+
+def _prompt_kv_bytes(
     decoder: Decoder, settings: RequestSettings, context: int, image_tokens: int
-) -> tuple[int, int]:
-    """Bytes of the compute buffers, and what a prompt's own KV cache and buffers take besides."""
-
-    def buffers(n_context: int, batch_size: int, flash: bool) -> int:
-        return cost.compute_bytes(
-            decoder, n_context, batch_size, settings.kv_type, flash
-        ) + cost.work_bytes(decoder, n_context, batch_size, flash)
-
-    mode, batch_size = settings.flash_attention, settings.batch_size
-    if mode != "prefill" or settings.kv_type.startswith("q"):
-        flash = mode == "on" or settings.kv_type.startswith("q")
-        return buffers(context, batch_size, flash), 0
-    resting = buffers(context, min(batch_size, SCORES_BATCH), False)
-    if batch_size < FLASH_TILE or image_tokens < FLASH_ROWS:
-        return resting, 0
+) -> int:
+    """Bytes of the KV cache that a picture is prefilled in, if that is not the answer's."""
+    if settings.flash_attention != "prefill" or settings.kv_type.startswith("q"):
+        return 0
+    if settings.batch_size < FLASH_TILE or image_tokens < FLASH_ROWS:
+        return 0
     own = cost.kv_bytes(decoder, image_tokens, settings.kv_type)
-    return resting, own + buffers(cost.context_size(image_tokens), batch_size, True) - resting
+    both = own + cost.kv_bytes(decoder, context, settings.kv_type)
+    return own if settings.kv_budget is None or both <= settings.kv_budget else 0
 
 
 def _predict(
@@ -314,13 +331,15 @@ def _predict(
         per_position = model.decoder.kv_bytes_per_token(KV_TYPES[kv_type])
         return model.decoder_bytes + n_positions * per_position
 
-    measured = speeds.prefill_tokens
+    rate, measured = speeds.prefill_tokens_per_second, speeds.prefill_tokens
+    if kv_type.startswith("q"):
+        rate = speeds.quantized_prefill_tokens_per_second or rate
     work = cost.decoder_flops(model.decoder, n_prompt) / cost.decoder_flops(model.decoder, measured)
     slower = bytes_read(n_prompt) / bytes_read(speeds.decode_positions)
     return Seconds(
         load=speeds.load_seconds,
         vision=n_crops * speeds.vision_seconds_per_tile,
-        prefill=work * measured / speeds.prefill_tokens_per_second,
+        prefill=work * measured / rate,
         per_token=slower / speeds.decode_tokens_per_second,
     )
 

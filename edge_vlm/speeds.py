@@ -22,9 +22,14 @@ class Speeds:
     prefill_tokens: int
     decode_tokens_per_second: float  # with ``decode_positions`` in the KV cache
     decode_positions: int
+    # The same with a KV cache of q8_0, whose attention llama.cpp computes in another way, if that
+    # was measured.
+    quantized_prefill_tokens_per_second: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            if value is None and name == "quantized_prefill_tokens_per_second":
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise InputError(f"{name}: must be a positive number, not {value!r}")

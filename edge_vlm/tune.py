@@ -121,13 +121,17 @@ class _Search:
         return self._workers[engines.spinning]
 
     def _decode_once(
-        self, engines: EngineSettings, prompt: int, answer: int = ANSWER
+        self,
+        engines: EngineSettings,
+        prompt: int,
+        answer: int = ANSWER,
+        kv_type: str | None = None,
     ) -> dict[str, Any]:
         return self._worker(engines).call(
             "decoder",
             model=self._model,
             engines=asdict(engines),
-            kv_type=self._kv_type,
+            kv_type=kv_type or self._kv_type,
             prompt=prompt,
             answer=answer,
         )
@@ -157,6 +161,7 @@ class _Search:
         best, longest = self._best, self._manifest.decoder.max_sequence_length
         prompt = min(FINAL_PROMPT, longest - 2 * ANSWER)
         runs = [self._decode_once(best, prompt, 2 * ANSWER) for _ in range(3)]
+        quantized = self._decode_once(best, prompt, 1, "q8_0")["prefill"]
         tiles = [self._vision(best) for _ in range(3)]
         with Worker() as fresh:
             load = fresh.call("load", model=self._model, engines=asdict(best))["load"]
@@ -167,6 +172,7 @@ class _Search:
             prefill_tokens=prompt,
             decode_tokens_per_second=2 * ANSWER / statistics.median(run["decode"] for run in runs),
             decode_positions=prompt + ANSWER,
+            quantized_prefill_tokens_per_second=prompt / quantized,
         )
 
 

@@ -28,7 +28,7 @@ from edge_vlm.profiles import PROFILES
 from edge_vlm.released import DECODER_PRECISIONS, VISION_BYTES, model_sizes
 from edge_vlm.speeds import Speeds
 from edge_vlm.tuning import Tuning, store_tuning
-from tests.conftest import Run
+from tests.conftest import Run, assert_one_line
 
 CHECKPOINT = Path(__file__).parents[1] / "models" / "demo" / "checkpoint"
 LARGEST = (2728, 2046)
@@ -204,7 +204,7 @@ def test_turns_need_less_memory() -> None:
         "python",
     )
     # The prompt's own cache is gone before the head is read.
-    assert together.prefill_cache == 0
+    assert 0 < together.prompt_kv_cache < together.head
     assert together.peak == sum(parts[name] for name in named)
 
 
@@ -219,10 +219,15 @@ def test_a_prompts_own_cache_and_pages_that_are_not_read() -> None:
     decoder = model_sizes().decoder
     n_weights = decoder.vocab_size * decoder.hidden_size
     assert lean.token_table == pytest.approx(0.5625 * n_weights, rel=0.02)  # q4_K
-    # 1,744 positions, and the buffers of larger batches
-    assert whole.prefill_cache == pytest.approx(205e6, rel=0.1)
-    for none in ({"flash_attention": "off"}, {"flash_attention": "on"}, {"kv_type": "q8_0"}):
-        assert memory(on_demand=False, **none).prefill_cache == 0
+    assert whole.prompt_kv_cache == cost.kv_bytes(decoder, 1744, "f16")
+    assert whole.peak > lean.peak + lean.token_table
+    for none in (
+        {"flash_attention": "off"},
+        {"flash_attention": "on"},
+        {"kv_type": "q8_0"},
+        {"kv_budget": 300_000_000},
+    ):
+        assert memory(on_demand=False, **none).prompt_kv_cache == 0
     assert memory(vision_streams=1).onnxruntime_arena < lean.onnxruntime_arena
     assert memory(repack=True, mmap=False).on_demand is False
 
@@ -460,3 +465,38 @@ def test_plan_refuses(run: Run, arguments: list[str], word: bytes) -> None:
     assert result.returncode == 2
     assert word in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+def test_a_plan_within_memory_and_time(run: Run) -> None:
+    picture = ("plan", "2728x2046", "--model", "jina-vlm", "--vision", "int8", "--json")
+    result = run(*picture, "--ram", "1.8GB")
+    found = json.loads(result.stdout)
+    assert found["memory"]["peak"] <= 1.8e9
+    assert found["memory"]["residency"] == "in-turns"
+    assert b"1800 MB: in-turns" in result.stderr
+    assert_one_line(run(*picture, "--ram", "500MB"), 2, "too little by")
+    given = json.loads(run(*picture, "--ram", "1.9GB", "--kv-type", "q8_0").stdout)
+    assert given["kv_bytes"] < found["kv_bytes"]
+
+    device = (*picture, "--device", "raspberry-pi-5-8gb")
+    slow, fast = (json.loads(run(*device, *more).stdout) for more in ((), ("--within", "60")))
+    assert slow["seconds"]["first_token"] > 60 >= fast["seconds"]["first_token"]
+    assert fast["crops"] < slow["crops"]
+    assert_one_line(run(*picture, "--within", "60"), 2, "edge-vlm tune")
+
+
+def test_a_quantized_cache_has_a_speed_of_its_own() -> None:
+    model = model_sizes()
+    settings = RequestSettings(kv_type="q8_0")
+    speeds = dataclasses.replace(SPEEDS, quantized_prefill_tokens_per_second=50.0)
+    seconds = [
+        plan.seconds.prefill
+        for plan in (
+            plan_request(model, *LARGEST, settings, speeds=SPEEDS),
+            plan_request(model, *LARGEST, settings, speeds=speeds),
+            plan_request(model, *LARGEST, speeds=speeds),
+        )
+        if plan.seconds
+    ]
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+    assert seconds[2] == seconds[0]

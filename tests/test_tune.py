@@ -15,7 +15,7 @@ from edge_vlm.bundle import Bundle
 from edge_vlm.engine_settings import EngineSettings, untuned
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.limits import largest_picture, tiles_within, within_memory
-from edge_vlm.plan import limit_tiles, plan_image
+from edge_vlm.plan import ModelSizes, limit_tiles, plan_image
 from edge_vlm.released import DECODER, IMAGE_PROCESSOR, VISION
 from edge_vlm.speeds import Speeds
 from edge_vlm.tune import _is_faster, _steps
@@ -171,7 +171,7 @@ def test_the_command_tunes_shows_and_forgets(run: Run, tmp_path: Path) -> None:
 
 
 def test_time_decides_on_tiles(released: Any) -> None:
-    args = ([(2728, 2046)], released, MachineSettings(), untuned(), SPEEDS)
+    args = ([(2728, 2046)], ModelSizes.of(released), MachineSettings(), untuned(), SPEEDS)
     most = tiles_within(1e5, *args)
     assert most == 12
     found = [tiles_within(seconds, *args) for seconds in (10, 15, 20, 25, 30)]
@@ -180,13 +180,13 @@ def test_time_decides_on_tiles(released: Any) -> None:
     with pytest.raises(BudgetError, match="one tile"):
         tiles_within(0.5, *args)
     with pytest.raises(BudgetError, match="edge-vlm tune"):
-        tiles_within(10, [(300, 300)], released, MachineSettings(), untuned(), None)
+        tiles_within(10, [(300, 300)], ModelSizes.of(released), MachineSettings(), untuned(), None)
 
 
 def test_memory_decides_on_everything_else(released: Any) -> None:
     def fit(megabytes: int, **given: Any) -> tuple[MachineSettings, EngineSettings]:
         settings = MachineSettings(ram=megabytes * 10**6, **given)
-        return within_memory(settings, settings.engine_settings(), released)
+        return within_memory(settings, settings.engine_settings(), ModelSizes.of(released))
 
     settings, engines = fit(8000)
     assert (settings.residency, settings.kv_type) == ("together", "f16")
@@ -208,7 +208,7 @@ def test_memory_decides_on_everything_else(released: Any) -> None:
 def test_short_memory_takes_turns(released: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in ((16e9, "together"), (1e9, "in-turns")):
         monkeypatch.setattr("edge_vlm.limits.available_bytes", lambda free=free: int(free))
-        settings, _ = within_memory(MachineSettings(), untuned(), released)
+        settings, _ = within_memory(MachineSettings(), untuned(), ModelSizes.of(released))
         assert settings.residency == expected
 
 

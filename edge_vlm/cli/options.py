@@ -127,15 +127,31 @@ def no_cache_option(function: F) -> F:
 ENGINE_OPTIONS = ("kv_type", "residency", "ram")
 
 
+def ram_option(function: F) -> F:
+    """``--ram``."""
+    return click.option(
+        "--ram",
+        type=Size(),
+        help="Stay below this much memory, such as 2GB: what makes that possible is chosen, and"
+        " said (EDGE_VLM_RAM).",
+    )(function)
+
+
+def within_option(function: F) -> F:
+    """``--within``."""
+    return click.option(
+        "--within",
+        type=click.FloatRange(0, min_open=True),
+        metavar="SECONDS",
+        help="Use the most tiles that let the answer begin in this time; needs 'edge-vlm tune'"
+        " once.",
+    )(function)
+
+
 def engine_options(function: F) -> F:
     """``--threads`` and those in ``ENGINE_OPTIONS``."""
     for option in (
-        click.option(
-            "--ram",
-            type=Size(),
-            help="Stay below this much memory, such as 2GB: what makes that possible is chosen, and"
-            " said (EDGE_VLM_RAM).",
-        ),
+        ram_option,
         click.option(
             "--residency",
             type=click.Choice(["auto", "together", "in-turns"]),
@@ -161,13 +177,7 @@ def answer_options(function: F) -> F:
     for option in (
         engine_options,
         kv_budget_option,
-        click.option(
-            "--within",
-            type=click.FloatRange(0, min_open=True),
-            metavar="SECONDS",
-            help="Use the most tiles that let the answer begin in this time; needs 'edge-vlm tune'"
-            " once.",
-        ),
+        within_option,
         max_tiles_option,
         click.option(
             "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Make sampling repeatable."

@@ -15,10 +15,14 @@ from edge_vlm.cli.options import (
     json_option,
     max_tiles_option,
     model_option,
+    ram_option,
     verbose_option,
+    within_option,
 )
 
 if TYPE_CHECKING:
+    from edge_vlm.engine_settings import EngineSettings
+    from edge_vlm.machine import MachineSettings
     from edge_vlm.plan import Memory, ModelSizes, RequestPlan, RequestSettings
     from edge_vlm.profiles import DeviceProfile
     from edge_vlm.speeds import Speeds
@@ -39,9 +43,7 @@ DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq
 @click.option(
     "--residency",
     type=click.Choice(["together", "in-turns"]),
-    default="together",
-    show_default=True,
-    help="Keep vision and decoder in memory together, or one after the other.",
+    help="Keep vision and decoder in memory together (default), or one after the other.",
 )
 @click.option(
     "--question-tokens",
@@ -49,6 +51,8 @@ DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq
     help="Tokens of the prompt besides the picture (default 32).",
 )
 @click.option("--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512).")
+@ram_option
+@within_option
 @click.option("--vision", type=click.Choice(VISION), help="With jina-vlm: its precision.")
 @click.option("--decoder", type=click.Choice(DECODER), help="With jina-vlm: its precision.")
 @click.option("--compare", is_flag=True, help="Beside other models, for the same picture.")
@@ -61,6 +65,8 @@ def command(
     model: str | None,
     max_tiles: int | None,
     device: str | None,
+    ram: int | None,
+    within: float | None,
     vision: str | None,
     decoder: str | None,
     compare: bool,
@@ -79,6 +85,7 @@ def command(
     \b
     edge-vlm plan photo.jpg
     edge-vlm plan 2728x2046 --model jina-vlm --device raspberry-pi-5-8gb
+    edge-vlm plan 2728x2046 --model jina-vlm --ram 1.8GB
     edge-vlm plan 2728x2046 --model jina-vlm --compare
     edge-vlm plan --paper
     """
@@ -87,6 +94,7 @@ def command(
         return
     if image is None:
         raise click.UsageError("no picture; give a file or a size such as 2728x2046")
+    from edge_vlm.limits import request_settings, tiles_within, within_memory
     from edge_vlm.plan import plan_request
     from edge_vlm.profiles import PROFILES
     from edge_vlm.tuning import load_tuning
@@ -98,13 +106,23 @@ def command(
         return
     profile = PROFILES[device] if device else None
     tuning = load_tuning(manifest) if manifest and not profile else None
-    settings = _settings(profile, request, tuning)
+    machine, engines = _machine(profile, request, ram, max_tiles, tuning)
+    family = profile.processor_family if profile else None
+    machine, engines = within_memory(machine, engines, sizes, processor_family=family)
     speeds: Speeds | None = None
     source = None
     if profile:
-        speeds, source = profile.speeds(sizes, settings.kv_type), f"estimated for {profile.name}"
+        speeds, source = profile.speeds(sizes, machine.kv_type), f"estimated for {profile.name}"
     elif tuning:
         speeds, source = tuning.speeds, "measured on this machine"
+    max_tiles = machine.max_tiles
+    if within is not None:
+        max_tiles = tiles_within(within, [(width, height)], sizes, machine, engines, speeds)
+    request["answer_tokens"] = request.pop("max_tokens")
+    settings = dataclasses.replace(
+        request_settings(machine, engines, processor_family=family),
+        **{key: value for key, value in request.items() if value is not None},
+    )
     plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
     if as_json:
         data = plan.to_dict()
@@ -152,21 +170,24 @@ def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> 
     return width, height
 
 
-def _settings(
-    profile: DeviceProfile | None, request: dict[str, Any], tuning: Tuning | None
-) -> RequestSettings:
-    from dataclasses import replace
-
+def _machine(
+    profile: DeviceProfile | None,
+    request: dict[str, Any],
+    ram: int | None,
+    max_tiles: int | None,
+    tuning: Tuning | None,
+) -> tuple[MachineSettings, EngineSettings]:
+    """Settings of this machine, or of another; what they take of ``request`` leaves it."""
     from edge_vlm.engine_settings import untuned
-    from edge_vlm.limits import request_settings
     from edge_vlm.machine import MachineSettings
 
-    request["answer_tokens"] = request.pop("max_tokens")
-    family = profile.processor_family if profile else None
-    best = untuned(family == "arm") if family else tuning.settings if tuning else None
-    engines = MachineSettings.from_environment().engine_settings(best)
-    settings = request_settings(MachineSettings(), engines, processor_family=family)
-    return replace(settings, **{key: value for key, value in request.items() if value is not None})
+    given = {"kv_type": request.pop("kv_type"), "residency": request.pop("residency")}
+    machine = MachineSettings.from_environment(ram=ram, max_tiles=max_tiles, **given)
+    if machine.ram is None and machine.residency == "auto":
+        machine = dataclasses.replace(machine, residency="together")
+    if profile:
+        return machine, machine.engine_settings(untuned(profile.processor_family == "arm"))
+    return machine, machine.engine_settings(tuning.settings if tuning else None)
 
 
 def _show(
@@ -196,7 +217,7 @@ def _show(
             f" then {_flops(flops.decode)} a token",
         ),
         ("precision", f"vision {sizes.vision_precision}, decoder {sizes.decoder.precision}"),
-        ("memory", f"{_bytes(memory.peak)} at the peak{turns}"),
+        ("memory", f"{_bytes(memory.peak)} at the peak, not all of this at once{turns}"),
         *((f"  {name}", _bytes(size)) for name, size in _components(memory) if size),
     ]
     if profile:
@@ -226,7 +247,7 @@ def _components(memory: Memory) -> tuple[tuple[str, int], ...]:
         ("decoder", memory.decoder_weights),
         ("repacked", memory.repacked_weights),
         ("KV cache", memory.kv_cache),
-        ("prompt's own", memory.prefill_cache),
+        ("prompt's own", memory.prompt_kv_cache),
         ("buffers", memory.compute_buffers),
         ("picture", memory.picture),
         ("Python", memory.python),
