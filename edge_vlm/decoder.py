@@ -161,10 +161,10 @@ class Decoder:
         return buffer.raw[:n]
 
     def context(self, n_positions: int) -> Context:
-        """A context with room for at least ``n_positions``.
+        """A context with room for at least ``n_positions``, which it takes when it is first used.
 
         Raises:
-            DecoderError: llama.cpp could not create it.
+            DecoderError: the model was closed.
         """
         if self._closed:
             raise DecoderError("the model was closed")
