@@ -195,8 +195,8 @@ class VisionTower:
         def run(part: list[int]) -> tuple[list[int], Float32]:
             return part, self.encode_crops(crops[part], is_last[part], cancel=cancel)
 
-        streams = self._engines.streams if self._on_cpu else 1
-        if streams == 1 or len(parts) < 2:
+        streams = self._engines.streams
+        if len(parts) < 2 or streams == 1 or not self._on_cpu:
             yield from map(run, parts)
             return
         # The last ones run all at once: a single one would leave the other streams' cores idle.

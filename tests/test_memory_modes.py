@@ -207,6 +207,7 @@ def test_streams_encode_the_same(bundle: Callable[..., Path], wanted: list[int])
         rows = {part[0]: row for part, (row,) in tower.encode_parts(crops, last, wanted)}
         assert sorted(rows) == wanted
         tower.rest()
+        assert bool(tower.load_seconds) == bool(wanted)  # nothing is loaded for nothing
         found.append(np.array([rows[index] for index in wanted]))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])
