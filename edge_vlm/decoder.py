@@ -437,6 +437,7 @@ class Context:
             self._api.llama_free(new)
             raise
         self._drop()
+        give_back_memory()  # a cache of a hundred megabytes may lie in the C library's heap
         self._hold(new, room, flash)
 
     def _takes_flash(self, n_rows: int, n_cached: int) -> bool:
