@@ -30,6 +30,7 @@ from edge_vlm.engine_settings import (
     FLASH_TILE,
     SCORES_BATCH,
     EngineSettings,
+    flash_mode,
     untuned,
 )
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
@@ -75,8 +76,7 @@ class Decoder:
         self._engines = engines = engines or untuned()
         self._kv_type = kv_type
         self._kv_budget = kv_budget
-        # A quantized V cache exists for flash attention alone.
-        self._flash_attention = "on" if kv_type.startswith("q") else engines.flash_attention
+        self._flash_attention = flash_mode(engines.flash_attention, kv_type, engines.batch_size)
         self._in_turns = in_turns
         self._closed = False
         _import_engine(engines.spinning)
@@ -139,8 +139,9 @@ class Decoder:
     def use(self, engines: EngineSettings) -> None:
         """Change the settings for contexts made from now on; ``repack`` and ``mmap`` stay."""
         self._engines = replace(engines, repack=self._engines.repack, mmap=self._engines.mmap)
-        if not self._kv_type.startswith("q"):
-            self._flash_attention = engines.flash_attention
+        self._flash_attention = flash_mode(
+            engines.flash_attention, self._kv_type, engines.batch_size
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text: special tokens are neither recognised nor added."""
@@ -436,13 +437,14 @@ class Context:
         except DecoderError:
             self._api.llama_free(new)
             raise
-        self._drop()
-        give_back_memory()  # a cache of a hundred megabytes may lie in the C library's heap
+        if old is not None:
+            self._drop()
+            give_back_memory()  # a cache of a hundred megabytes may lie in the C library's heap
         self._hold(new, room, flash)
 
     def _takes_flash(self, n_rows: int, n_cached: int) -> bool:
         decoder = self._decoder
-        if decoder._flash_attention != "prefill" or decoder._engines.batch_size < FLASH_TILE:
+        if decoder._flash_attention != "prefill":
             return False
         both = self.kv_bytes + kv_bytes(context_size(n_cached + n_rows), decoder)
         if decoder._kv_budget is not None and both > decoder._kv_budget:

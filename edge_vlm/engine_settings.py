@@ -27,6 +27,15 @@ _LIMITS = {
 }
 
 
+def flash_mode(flash_attention: str, kv_type: str, batch_size: int) -> str:
+    """What becomes of the setting with this KV cache and these batches."""
+    if kv_type.startswith("q"):
+        return "on"  # a quantized V cache exists for flash attention alone
+    if flash_attention == "prefill" and batch_size < FLASH_TILE:
+        return "off"
+    return flash_attention
+
+
 def check_engine_setting(name: str, value: Any) -> None:
     """Check one field of ``EngineSettings``.
 

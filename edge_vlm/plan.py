@@ -13,7 +13,7 @@ from typing import Any
 from edge_vlm import cost
 from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Decoder, ImageProcessor, Manifest
 from edge_vlm.cost import CONTEXT_STEP, VisionSizes
-from edge_vlm.engine_settings import FLASH_ROWS, FLASH_TILE, SCORES_BATCH
+from edge_vlm.engine_settings import FLASH_ROWS, SCORES_BATCH, flash_mode
 from edge_vlm.errors import BudgetError, InputError
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.speeds import Speeds
@@ -247,10 +247,10 @@ def plan_request(
     table, head = 0, 0
     if on_demand and not decoder.tied_head:
         (_, table), (_, head) = cost.table_and_head(decoder, decoder.precision)
-    own = _prompt_kv_bytes(decoder, settings, context, image.image_tokens)
-    quantized = settings.kv_type.startswith("q")
-    flash, batch = settings.flash_attention == "on" or quantized, settings.batch_size
-    if settings.flash_attention == "prefill" and not quantized:
+    mode = flash_mode(settings.flash_attention, settings.kv_type, settings.batch_size)
+    own, batch = 0, settings.batch_size
+    if mode == "prefill":
+        own = _prompt_kv_bytes(decoder, settings, context, image.image_tokens)
         batch = min(batch, SCORES_BATCH)
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
     memory = Memory(
@@ -272,7 +272,7 @@ def plan_request(
         if settings.repack and settings.mmap
         else 0,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
-        compute_buffers=_buffers(decoder, settings, context, batch, flash),
+        compute_buffers=_buffers(decoder, settings, context, batch, mode == "on"),
         prompt_kv_cache=own,
         prompt_buffers=_buffers(
             decoder, settings, cost.context_size(image.image_tokens), settings.batch_size, True
@@ -309,9 +309,7 @@ def _prompt_kv_bytes(
     decoder: Decoder, settings: RequestSettings, context: int, image_tokens: int
 ) -> int:
     """Bytes of the KV cache that a picture is prefilled in, if that is not the answer's."""
-    if settings.flash_attention != "prefill" or settings.kv_type.startswith("q"):
-        return 0
-    if settings.batch_size < FLASH_TILE or image_tokens < FLASH_ROWS:
+    if image_tokens < FLASH_ROWS:
         return 0
     own = cost.kv_bytes(decoder, image_tokens, settings.kv_type)
     both = own + cost.kv_bytes(decoder, context, settings.kv_type)

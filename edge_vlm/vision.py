@@ -80,6 +80,11 @@ class VisionTower:
         return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
 
     @property
+    def crops_at_once(self) -> int:
+        """Crops that are encoded side by side."""
+        return self._engines.streams * self._engines.tiles_per_call
+
+    @property
     def _threads_per_stream(self) -> int:
         return self._engines.vision_threads // self._engines.streams
 

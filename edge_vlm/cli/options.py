@@ -124,9 +124,6 @@ def no_cache_option(function: F) -> F:
     )(function)
 
 
-ENGINE_OPTIONS = ("kv_type", "residency", "ram")
-
-
 def ram_option(function: F) -> F:
     """``--ram``."""
     return click.option(
@@ -146,6 +143,9 @@ def within_option(function: F) -> F:
         help="Use the most tiles that let the answer begin in this time; needs 'edge-vlm tune'"
         " once.",
     )(function)
+
+
+ENGINE_OPTIONS = ("kv_type", "residency", "ram")
 
 
 def engine_options(function: F) -> F:
