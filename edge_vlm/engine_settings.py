@@ -31,8 +31,8 @@ def flash_mode(flash_attention: str, kv_type: str, batch_size: int) -> str:
     """What becomes of the setting with this KV cache and these batches."""
     if kv_type.startswith("q"):
         return "on"  # a quantized V cache exists for flash attention alone
-    if flash_attention == "prefill" and batch_size < FLASH_TILE:
-        return "off"
+    if flash_attention == "prefill" and batch_size < 2 * FLASH_TILE:
+        return "off"  # the last two batches of a prompt could not both have FLASH_TILE rows
     return flash_attention
 
 
