@@ -8,13 +8,11 @@ fp32. The result is benchmarks/results/against_defaults.json.
 
 from __future__ import annotations
 
-import sys
-
-from common import bench, save
+from common import bench, bench_arguments, save
 
 
 def main() -> None:
-    save("against_defaults", bench("edge-vlm", "--baseline", *sys.argv[1:]))
+    save("against_defaults", bench("edge-vlm", "--baseline", *bench_arguments(__doc__)))
 
 
 if __name__ == "__main__":

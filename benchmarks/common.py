@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,6 +11,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def bench_arguments(description: str) -> list[str]:
+    """Those of a script that hands all of them to ``edge-vlm bench``; ``--help`` is its own."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options of edge-vlm bench]",
+        allow_abbrev=False,
+    )
+    return parser.parse_known_args()[1]
 
 
 def bench(command: str, *arguments: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Pictures and questions are the example ones in turn; limits, temperatures and se
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -44,7 +45,9 @@ PATTERNS = [r"\d+\.\d\d", r"(?i)(yes|no)[.!]?", r"[^\W\d]{2,70}", r" *(\w+ ){2}[
 
 def main() -> None:
     """Print one line for each form."""
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("n", nargs="?", type=int, default=300, help="answers of each form")
+    n = parser.parse_args().n
     table = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
     chosen = random.Random(0)
     settings = MachineSettings(threads=1)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from common import bench, save
+from common import bench, bench_arguments, save
 
 
 def main() -> None:
-    arguments = sys.argv[1:] if "--size" in sys.argv else [*sys.argv[1:], "--size", "2728x2046"]
+    arguments = bench_arguments(__doc__)
+    if "--size" not in arguments:
+        arguments += ["--size", "2728x2046"]
     points = []
     report: dict[str, object] = {}
     for tiles in range(1, 13):
