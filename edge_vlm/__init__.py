@@ -6,7 +6,8 @@
 
 In reading order: ``image`` (file to pixels), ``tiling`` (pixels to crops), ``vision`` (crops to
 embeddings), ``stitch`` (embeddings to decoder input), ``prompt`` (conversation to tokens),
-``decoder`` (tokens and embeddings to logits), ``conversation`` (all of it in turns), ``model``.
+``decoder`` (tokens and embeddings to logits), ``generate`` (logits to text), ``conversation`` (all
+of it in turns), ``model``.
 """
 
 from __future__ import annotations

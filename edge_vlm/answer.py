@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ class Progress:
     stage: Literal["verify", "vision", "prefill", "decode"]  # bytes, crops, positions, tokens
     done: int
     total: int
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,26 @@ class Timings:
     decode: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+
+
+@dataclass
+class Clock:
+    """Seconds of a turn's stages, gathered while it runs."""
+
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def timings(self, load: float, n_prefilled: int, n_decoded: int) -> Timings:
+        """With the seconds of loading, and the positions and tokens that were computed."""
+        return Timings(
+            load=load,
+            vision=self.vision,
+            prefill=self.prefill,
+            decode=self.decode,
+            prefill_tokens_per_second=_rate(n_prefilled, self.prefill),
+            decode_tokens_per_second=_rate(n_decoded, self.decode),
+        )
 
 
 @dataclass(frozen=True)
@@ -70,3 +94,7 @@ class Answer:
 
             data["parsed"] = to_jsonable_python(self.parsed)
         return data
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

@@ -6,38 +6,43 @@ pictures. A turn that fails or is stopped is taken back as if it had not been as
 
 from __future__ import annotations
 
-import codecs
-import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.answer import Answer, Progress, Timings
+from edge_vlm.answer import Answer, Clock, OnProgress, Progress
 from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
-from edge_vlm.choices import log_probabilities
-from edge_vlm.decoder import Context, Decoder, Sampler
+from edge_vlm.decoder import Context, Decoder
 from edge_vlm.engine_settings import EngineSettings
-from edge_vlm.errors import BudgetError, Cancelled, DecoderError, PromptError
+from edge_vlm.errors import BudgetError, DecoderError, PromptError
+from edge_vlm.generate import generate, pick
 from edge_vlm.guide import Guide
 from edge_vlm.image import load_image
 from edge_vlm.limits import tiles_within
 from edge_vlm.machine import MachineSettings
 from edge_vlm.memory import peak_rss_bytes
-from edge_vlm.messages import ImagePart, Message, Text, check_messages, images_of
+from edge_vlm.messages import (
+    ImagePart,
+    Message,
+    Text,
+    check_messages,
+    images_of,
+    without_oldest,
+)
 from edge_vlm.options import AskOptions
 from edge_vlm.picture import Crops, EncodedImage, Picture, encode_pictures, open_picture
 from edge_vlm.plan import ModelSizes, budget_positions, check_budget, limit_tiles
-from edge_vlm.prefix_cache import PrefixCache, picture_ends
-from edge_vlm.prompt import PromptBuilder, Rendered, Span, TokenSpan
+from edge_vlm.positions import common_prefix, identity, picture_ends, prompt_ids, rest_of
+from edge_vlm.prefix_cache import PrefixCache
+from edge_vlm.prompt import PromptBuilder
 from edge_vlm.speeds import Speeds
 from edge_vlm.store import Store
 from edge_vlm.tile_cache import TileCache
 from edge_vlm.vision import VisionTower
 
-OnProgress = Callable[[Progress], None]
 MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
 
 
@@ -58,6 +63,11 @@ class Engine:
     load_seconds: float  # without what is loaded later
     in_turns: bool = False  # see RESIDENCIES
 
+    @property
+    def seconds(self) -> float:
+        """All loading so far."""
+        return self.load_seconds + self.vision.load_seconds + self.decoder.load_seconds
+
 
 @dataclass
 class _State:
@@ -69,24 +79,6 @@ class _State:
     ids: tuple[int, ...] = ()  # one an input position; -1 - i for picture i
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """What the model said: its text as generated, the space in front included."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish: str
-    n_computed: int  # tokens that took time to decode
-    probabilities: dict[str, float] | None = None
-
-
-@dataclass
-class _Clock:
-    vision: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-
-
 class Conversation:
     """Turns with one model; use it from one thread at a time."""
 
@@ -95,7 +87,7 @@ class Conversation:
         self._context: Context | None = None
         self._state = _State()
         self._earlier: list[_State] = []  # before each of the turns
-        self._resident: tuple[int | bytes, ...] = ()  # what the KV cache holds, see _identity
+        self._resident: tuple[int | bytes, ...] = ()  # what the KV cache holds, see ``identity``
         self._busy = False
 
     @property
@@ -195,9 +187,9 @@ class Conversation:
         first = None
         n_turns = sum(message.role == "user" for message in state.messages)
         for n_dropped in range(n_turns + 1):
-            messages = _without_oldest((*state.messages, *new), n_dropped)
+            messages = without_oldest((*state.messages, *new), n_dropped)
             spans = engine.prompts.spans(engine.prompts.render(messages), first=True)
-            n_ids = len(_ids(spans, pictures, 0))
+            n_ids = len(prompt_ids(spans, pictures, 0))
             if n_ids + MIN_ANSWER_TOKENS <= allowed:
                 first = n_dropped if first is None else first
                 if n_ids <= allowed * 3 // 4:
@@ -209,7 +201,7 @@ class Conversation:
 
         Returns the pictures where there is no next question: give them with the new one.
         """
-        messages = _without_oldest(self._state.messages, n_questions)
+        messages = without_oldest(self._state.messages, n_questions)
         left = tuple(
             part
             for message in self._state.messages
@@ -243,14 +235,14 @@ class Conversation:
         keep_partial: bool,
     ) -> Iterator[str | Answer]:
         engine = self._engine
-        clock = _Clock()
+        clock = Clock()
         messages = (*old.messages, *new)
         check_messages(messages)
         processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
         pictures = (*old.pictures, *self._open_pictures(new, options.max_tiles, options.within))
         text, ids = self._prompt(old, messages, pictures)
-        identity = _identity(ids, pictures)
-        n_kept = _common_prefix(identity, self._resident)
+        held = identity(ids, pictures)
+        n_kept = common_prefix(held, self._resident)
         lead = self._lead(messages, text) if options.form or options.choices else ""
         choices = {c: engine.decoder.tokenize(lead + c) for c in options.choices or ()}
         wanted = max(map(len, choices.values())) if choices else options.max_tokens
@@ -258,7 +250,7 @@ class Conversation:
         if choices and max_tokens < wanted:
             raise BudgetError("the choices do not fit the KV-cache budget behind this prompt")
         guide = self._guide(options, lead, max_tokens)
-        self._resident = identity[:n_kept]  # also if this turn is stopped
+        self._resident = held[:n_kept]  # also if this turn is stopped
         context.truncate(n_kept)  # also what a turn that was stopped has left
 
         if cancel:
@@ -270,20 +262,37 @@ class Conversation:
         keep_at = picture_ends(ids)[-1:] if from_nothing else []
         with engine.decoder.working():
             self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
-            self._resident = identity
+            self._resident = held
             if choices:
-                reply = self._pick(context, choices, lead, clock, progress, cancel)
+                reply = pick(
+                    engine.manifest,
+                    context,
+                    choices,
+                    lead=lead,
+                    clock=clock,
+                    progress=progress,
+                    cancel=cancel,
+                )
                 yield reply.text.removeprefix(lead)
             else:
-                generated = self._generate(
-                    context, options, max_tokens, guide, lead, clock, progress, cancel, keep_partial
+                reply = yield from generate(
+                    engine.decoder,
+                    context,
+                    options,
+                    stop=engine.manifest.tokens.stop,
+                    max_tokens=max_tokens,
+                    guide=guide,
+                    lead=lead,
+                    clock=clock,
+                    progress=progress,
+                    cancel=cancel,
+                    keep_partial=keep_partial,
                 )
-                reply = yield from generated
         is_free = guide is None and not choices
         answer = reply.text.strip() if is_free else reply.text.removeprefix(lead)
         parsed = options.form.parse(answer) if options.form else None
 
-        self._resident = (*identity, *reply.ids)[: context.n_positions]
+        self._resident = (*held, *reply.ids)[: context.n_positions]
         self._state = _State(
             messages=(*messages, Message("assistant", (Text(reply.text.removeprefix(" ")),))),
             pictures=pictures,
@@ -301,102 +310,12 @@ class Conversation:
             images=tuple(picture.use for picture in pictures),
             encoded_crops=crops.encoded,
             cached_crops=crops.cached,
-            timings=_timings(clock, engine, len(ids) - n_kept, reply.n_computed),
+            timings=clock.timings(engine.seconds, len(ids) - n_kept, reply.n_computed),
             kv_bytes=context.kv_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             parsed=parsed,
             choices=reply.probabilities,
         )
-
-    def _generate(
-        self,
-        context: Context,
-        options: AskOptions,
-        max_tokens: int,
-        guide: Guide | None,
-        lead: str,
-        clock: _Clock,
-        progress: OnProgress,
-        cancel: CancelToken | None,
-        keep_partial: bool,
-    ) -> Generator[str, None, _Reply]:
-        """Sample an answer; yields pieces of it without ``lead`` or space in front."""
-        engine = self._engine
-        ids: list[int] = []
-        raw = ""
-        finish = "length"
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        seed = secrets.randbits(32) if options.seed is None else options.seed
-        with Sampler(engine.decoder, options, seed, guide) as sampler:
-            while len(ids) < max_tokens:
-                started = time.perf_counter()
-                try:
-                    if cancel:
-                        cancel.check()
-                    if ids:
-                        context.append_tokens(ids[-1:], logits=True, cancel=cancel)
-                except Cancelled:
-                    if not (keep_partial and ids and guide is None):
-                        raise
-                    finish = "cancelled"
-                    break
-                token = sampler.sample(context)
-                clock.decode += time.perf_counter() - started  # the reader's time is not ours
-                if token in engine.manifest.tokens.stop:
-                    finish = "stop"
-                    break
-                ids.append(token)
-                progress(Progress("decode", len(ids), max_tokens))
-                piece = utf8.decode(engine.decoder.piece(token))
-                if guide:
-                    shown = (raw + piece).removeprefix(lead)[len(raw.removeprefix(lead)) :]
-                else:
-                    shown = piece if raw.strip() else piece.lstrip()
-                raw += piece
-                if shown:
-                    yield shown
-                if guide and guide.is_complete:
-                    finish = "length" if guide.was_cut else "stop"
-                    break
-        if rest := utf8.decode(b"", final=True):
-            raw += rest
-            yield rest
-        return _Reply(raw, tuple(ids), finish, len(ids))
-
-    def _pick(
-        self,
-        context: Context,
-        choices: dict[str, list[int]],
-        lead: str,
-        clock: _Clock,
-        progress: OnProgress,
-        cancel: CancelToken | None,
-    ) -> _Reply:
-        """The likeliest of some answers, each given with its ids (those of ``lead`` in front)."""
-        started = time.perf_counter()
-        manifest = self._engine.manifest
-        total = sum(map(len, choices.values()))
-        n_computed = 0
-
-        def report(done: int) -> None:
-            nonlocal n_computed
-            n_computed = done
-            progress(Progress("decode", done, total))
-
-        logs = log_probabilities(
-            context,
-            list(choices.values()),
-            manifest.tokens.stop,
-            manifest.decoder.vocab_size,
-            cancel,
-            report,
-        )
-        shares = np.exp(logs - logs.max())
-        shares /= shares.sum()
-        best = list(choices)[int(logs.argmax())]
-        clock.decode += time.perf_counter() - started
-        probabilities = dict(zip(choices, map(float, shares), strict=True))
-        return _Reply(lead + best, tuple(choices[best]), "stop", n_computed, probabilities)
 
     def _lead(self, messages: Sequence[Message], prompt: str) -> str:
         """The space that the template writes between the prompt and an answer."""
@@ -459,10 +378,9 @@ class Conversation:
         rendered = prompts.render(messages)
         text = rendered.plain
         if old.ids and text.startswith(old.text):
-            rest = Rendered(_after(rendered, len(old.text)), rendered.mark)
-            spans = prompts.spans(rest, first=False)
-            return text, (*old.ids, *_ids(spans, pictures, len(old.pictures)))
-        return text, _ids(prompts.spans(rendered, first=True), pictures, 0)
+            spans = prompts.spans(rest_of(rendered, len(old.text)), first=False)
+            return text, (*old.ids, *prompt_ids(spans, pictures, len(old.pictures)))
+        return text, prompt_ids(prompts.spans(rendered, first=True), pictures, 0)
 
     def _make_room(
         self,
@@ -491,7 +409,7 @@ class Conversation:
         return self._context, max_tokens
 
     def _restore(
-        self, context: Context, ids: Sequence[int], pictures: Sequence[Picture], clock: _Clock
+        self, context: Context, ids: Sequence[int], pictures: Sequence[Picture], clock: Clock
     ) -> int:
         """Positions put into the empty context from disk."""
         if self._engine.prefixes is None:
@@ -505,7 +423,7 @@ class Conversation:
         self,
         pictures: Sequence[Picture],
         ids: Sequence[int],
-        clock: _Clock,
+        clock: Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
     ) -> Crops:
@@ -531,7 +449,7 @@ class Conversation:
         n_kept: int,
         pictures: Sequence[Picture],
         keep_at: Sequence[int],
-        clock: _Clock,
+        clock: Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
     ) -> None:
@@ -575,73 +493,6 @@ class Conversation:
                 self._engine.prefixes.keep(context, ids[:position], digests)
         clock.prefill += time.perf_counter() - started
         clock.prefill -= self._engine.decoder.load_seconds - loaded
-
-
-def _ids(spans: Sequence[Span], pictures: Sequence[Picture], n_before: int) -> tuple[int, ...]:
-    """One number a position: a token id, or -1 - i where picture i's rows go."""
-    ids: list[int] = []
-    for span in spans:
-        if isinstance(span, TokenSpan):
-            ids += span.ids
-        else:
-            index = n_before + span.index
-            ids += [-1 - index] * pictures[index].n_tokens
-    return tuple(ids)
-
-
-def _after(rendered: Rendered, n_plain: int) -> str:
-    """What follows the first ``n_plain`` characters that are not marks."""
-    for index, character in enumerate(rendered.text):
-        if n_plain == 0 and character != rendered.mark:
-            return rendered.text[index:]
-        if character != rendered.mark:
-            n_plain -= 1
-    return ""
-
-
-def _without_oldest(messages: Sequence[Message], n_questions: int) -> tuple[Message, ...]:
-    """Messages less the oldest questions and their answers, whose pictures move on to the next."""
-    kept = list(messages)
-    for _ in range(n_questions):
-        users = [i for i, message in enumerate(kept) if message.role == "user"]
-        if not users:
-            break
-        first, second = users[0], users[1] if len(users) > 1 else len(kept)
-        if second < len(kept):
-            moved = tuple(part for part in kept[first].parts if isinstance(part, ImagePart))
-            kept[second] = Message("user", (*moved, *kept[second].parts))
-        del kept[first:second]
-    return tuple(kept)
-
-
-def _identity(ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int | bytes, ...]:
-    """As ``ids``, but the same for the same picture whatever its number."""
-    return tuple(value if value >= 0 else pictures[-1 - value].digest for value in ids)
-
-
-def _common_prefix(ids: Sequence[int | bytes], cached: Sequence[int | bytes]) -> int:
-    """Leading positions that are the same; at least one is left to compute logits from."""
-    n = 0
-    for new, old in zip(ids[:-1], cached, strict=False):
-        if new != old:
-            break
-        n += 1
-    return n
-
-
-def _timings(clock: _Clock, engine: Engine, n_prefilled: int, n_decoded: int) -> Timings:
-    return Timings(
-        load=engine.load_seconds + engine.vision.load_seconds + engine.decoder.load_seconds,
-        vision=clock.vision,
-        prefill=clock.prefill,
-        decode=clock.decode,
-        prefill_tokens_per_second=_rate(n_prefilled, clock.prefill),
-        decode_tokens_per_second=_rate(n_decoded, clock.decode),
-    )
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
 
 
 def _ignore(_: Progress) -> None:

@@ -104,6 +104,21 @@ def check_messages(messages: Sequence[Message], *, answered: bool = False) -> No
         raise PromptError("messages: the last one is the assistant's; there is nothing to answer")
 
 
+def without_oldest(messages: Sequence[Message], n_questions: int) -> tuple[Message, ...]:
+    """Messages less the oldest questions and their answers, whose pictures move on to the next."""
+    kept = list(messages)
+    for _ in range(n_questions):
+        users = [i for i, message in enumerate(kept) if message.role == "user"]
+        if not users:
+            break
+        first, second = users[0], users[1] if len(users) > 1 else len(kept)
+        if second < len(kept):
+            moved = tuple(part for part in kept[first].parts if isinstance(part, ImagePart))
+            kept[second] = Message("user", (*moved, *kept[second].parts))
+        del kept[first:second]
+    return tuple(kept)
+
+
 def _openai_part(part: Text | ImagePart) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}

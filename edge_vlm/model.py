@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from edge_vlm.answer import Answer, Progress
+from edge_vlm.answer import Answer, OnProgress, Progress
 from edge_vlm.bundle import Bundle, Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.conversation import Conversation, Engine
@@ -28,7 +28,6 @@ from edge_vlm.tuning import load_tuning
 from edge_vlm.verify import verify
 from edge_vlm.vision import VisionTower
 
-OnProgress = Callable[[Progress], None]
 _Self = TypeVar("_Self", bound="_Closing")
 
 

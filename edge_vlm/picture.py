@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.answer import ImageUse, Progress
+from edge_vlm.answer import ImageUse, OnProgress, Progress
 from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.errors import DecoderError, ImageError
@@ -23,7 +23,6 @@ from edge_vlm.tiling import cut_tiles
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
-OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)

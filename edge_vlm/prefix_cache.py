@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edge_vlm.decoder import Context
+from edge_vlm.positions import picture_ends
 from edge_vlm.store import Entry, Store, make_key
 
 _KIND = "prefix"
@@ -21,7 +22,7 @@ _KIND = "prefix"
 class PrefixCache:
     """Prefixes of prompts, each ending with a picture.
 
-    Prompts are given as in ``Conversation``: ids, one an input position, where -1 - i stands for
+    Prompts are given as in ``positions``: ids, one an input position, where -1 - i stands for
     picture i, whose content is ``digests[i]``.
 
     Args:
@@ -59,12 +60,3 @@ class PrefixCache:
             np.array(ids, np.int32).tobytes(),
             *(digests[index] for index in used),
         )
-
-
-def picture_ends(ids: Sequence[int]) -> list[int]:
-    """The positions behind each picture."""
-    return [
-        index + 1
-        for index, value in enumerate(ids)
-        if value < 0 and (index + 1 == len(ids) or ids[index + 1] != value)
-    ]
