@@ -6,8 +6,9 @@ pictures. A turn that fails or is stopped is taken back as if it had not been as
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ from edge_vlm.bundle import ImageProcessor, Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.decoder import Context, Decoder
 from edge_vlm.engine_settings import EngineSettings
-from edge_vlm.errors import BudgetError, DecoderError, PromptError
-from edge_vlm.generate import generate, pick
+from edge_vlm.errors import BudgetError, Cancelled, DecoderError, PromptError
+from edge_vlm.generate import Reply, generate, pick
 from edge_vlm.guide import Guide
 from edge_vlm.image import load_image
 from edge_vlm.limits import tiles_within
@@ -259,12 +260,22 @@ class Conversation:
         n_restored = self._restore(context, ids, pictures, clock) if from_nothing else 0
         n_kept += n_restored
         crops = self._encode(pictures, ids[n_kept:], clock, progress, cancel)
-        keep_at = picture_ends(ids)[-1:] if from_nothing else []
+        end = picture_ends(ids)[-1:] if from_nothing else []
+
+        def keep() -> None:
+            if engine.prefixes and end and n_kept < end[0] <= context.n_positions:
+                digests = [picture.digest for picture in pictures]
+                engine.prefixes.keep(context, ids[: end[0]], digests)
+
         with engine.decoder.working():
-            self._prefill(context, ids, n_kept, pictures, keep_at, clock, progress, cancel)
+            try:
+                self._prefill(context, ids, n_kept, pictures, end, clock, progress, cancel)
+            except Cancelled:
+                keep()
+                raise
             self._resident = held
             if choices:
-                reply = pick(
+                pieces = pick(
                     engine.manifest,
                     context,
                     choices,
@@ -273,9 +284,8 @@ class Conversation:
                     progress=progress,
                     cancel=cancel,
                 )
-                yield reply.text.removeprefix(lead)
             else:
-                reply = yield from generate(
+                pieces = generate(
                     engine.decoder,
                     context,
                     options,
@@ -288,6 +298,7 @@ class Conversation:
                     cancel=cancel,
                     keep_partial=keep_partial,
                 )
+            reply = yield from _after_first(pieces, keep)
         is_free = guide is None and not choices
         answer = reply.text.strip() if is_free else reply.text.removeprefix(lead)
         parsed = options.form.parse(answer) if options.form else None
@@ -448,14 +459,14 @@ class Conversation:
         ids: Sequence[int],
         n_kept: int,
         pictures: Sequence[Picture],
-        keep_at: Sequence[int],
+        settle_at: Sequence[int],
         clock: Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
     ) -> None:
         """Put positions ``n_kept`` and after into the KV cache; logits for the last one.
 
-        The first positions up to those in ``keep_at`` are kept on disk.
+        What follows the positions ``settle_at`` is computed as behind a prefix from disk.
         """
         started, loaded = time.perf_counter(), self._engine.decoder.load_seconds
         position, end = n_kept, len(ids)
@@ -488,11 +499,36 @@ class Conversation:
                     progress=report,
                 )
             position = stop
-            if position in keep_at and self._engine.prefixes:
-                digests = [picture.digest for picture in pictures]
-                self._engine.prefixes.keep(context, ids[:position], digests)
+            if position in settle_at:
+                context.settle()
         clock.prefill += time.perf_counter() - started
         clock.prefill -= self._engine.decoder.load_seconds - loaded
+
+
+def _after_first(
+    pieces: Generator[str, None, Reply], then: Callable[[], None]
+) -> Generator[str, None, Reply]:
+    """The same pieces; ``then`` is called once, when the first was taken or there will be none.
+
+    Copying a KV cache takes a moment, which nobody has to wait for in front of an answer.
+    """
+    is_first = True
+    with contextlib.closing(pieces):
+        try:
+            while True:
+                yield next(pieces)
+                if is_first:
+                    is_first = False
+                    then()
+        except StopIteration as end:
+            if is_first:
+                then()
+            reply: Reply = end.value
+            return reply
+        except (Cancelled, GeneratorExit):
+            if is_first:
+                then()
+            raise
 
 
 def _ignore(_: Progress) -> None:

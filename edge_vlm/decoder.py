@@ -35,7 +35,7 @@ from edge_vlm.engine_settings import (
 )
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Guide, Vocabulary
-from edge_vlm.kv_move import N_SEQUENCES, move_cells
+from edge_vlm.kv_move import N_SEQUENCES, SIDE_SEQUENCE, move_cells
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.memory import forget_mapped, give_back_memory
 from edge_vlm.options import AskOptions
@@ -313,14 +313,24 @@ class Context:
             self._capacity = before
             raise
 
-    def state(self) -> UInt8:
+    def state(self, n_positions: int | None = None) -> UInt8:
         """What is cached, as bytes for ``set_state`` of a context with the same settings.
+
+        Args:
+            n_positions: the first of them; all by default.
 
         Raises:
             DecoderError: llama.cpp failed.
         """
         self._arrange()
-        return self._copy()
+        if n_positions is None or n_positions == self.n_positions:
+            return self._copy()
+        memory = self._memory()
+        self._api.llama_memory_seq_cp(memory, 0, SIDE_SEQUENCE, 0, n_positions)
+        try:
+            return self._copy(SIDE_SEQUENCE)
+        finally:
+            self._api.llama_memory_seq_rm(memory, SIDE_SEQUENCE, -1, -1)
 
     @property
     def state_bytes(self) -> int:
@@ -396,11 +406,12 @@ class Context:
             self._free()
         self._free = self._context = None
 
-    def _copy(self) -> UInt8:
+    def _copy(self, sequence: int = 0) -> UInt8:
         """As ``state``, in the present layout."""
-        state = np.empty(self.state_bytes, np.uint8)
+        api, context = self._api, self._open()
+        state = np.empty(int(api.llama_state_seq_get_size(context, sequence)), np.uint8)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._api.llama_state_seq_get_data(self._open(), data, len(state), 0) != len(state):
+        if api.llama_state_seq_get_data(context, data, len(state), sequence) != len(state):
             raise DecoderError("llama.cpp could not copy the KV cache")
         return state
 
@@ -457,12 +468,12 @@ class Context:
         model = decoder._weights()
         params = api.llama_context_default_params()
         params.n_ctx = n_positions
-        params.n_outputs_max = 1  # logits are read for the last position only
+        params.n_seq_max, params.kv_unified = N_SEQUENCES, True
+        # Logits are read for the last position only, but there is room for no fewer than sequences.
+        params.n_outputs_max = N_SEQUENCES
         flash_attention, batch_size = decoder._flash_attention, engines.batch_size
         if flash_attention == "prefill":
             flash_attention = "on" if flash else "off"
-            params.n_seq_max, params.kv_unified = N_SEQUENCES, True
-            params.n_outputs_max = N_SEQUENCES  # no fewer than sequences
             if not flash:
                 batch_size = min(batch_size, SCORES_BATCH)
         params.n_batch = params.n_ubatch = min(batch_size, params.n_ctx)

@@ -115,10 +115,10 @@ def pick(
     clock: Clock,
     progress: OnProgress,
     cancel: CancelToken | None,
-) -> Reply:
+) -> Generator[str, None, Reply]:
     """The likeliest of some answers, each given with its ids (those of ``lead`` in front).
 
-    Other arguments and errors as ``generate``.
+    It is yielded in one piece; other arguments and errors as ``generate``.
     """
     started = time.perf_counter()
     total = sum(map(len, choices.values()))
@@ -141,5 +141,6 @@ def pick(
     shares /= shares.sum()
     best = list(choices)[int(logs.argmax())]
     clock.decode += time.perf_counter() - started
+    yield best
     probabilities = dict(zip(choices, map(float, shares), strict=True))
     return Reply(lead + best, tuple(choices[best]), "stop", n_computed, probabilities)

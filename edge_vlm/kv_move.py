@@ -17,8 +17,9 @@ import numpy.typing as npt
 from edge_vlm.errors import DecoderError
 
 UInt8 = npt.NDArray[np.uint8]
-N_SEQUENCES = 2  # that both contexts must have room for: the one in use, and the cells on their way
-_USED, _MOVING = 0, 1
+SIDE_SEQUENCE = 1  # that some cells also belong to while they are copied; what is used is 0
+N_SEQUENCES = 2  # that a context must have room for
+_USED, _MOVING = 0, SIDE_SEQUENCE
 _STEP = 128  # cells at a time: little memory, and a layer's V fits a core's cache
 _HEAD = 16  # bytes: magic, sequence, streams, cells
 _CELL = 12  # position, number of sequences, sequence

@@ -50,8 +50,9 @@ class PrefixCache:
         return 0
 
     def keep(self, context: Context, ids: Sequence[int], digests: Sequence[bytes]) -> None:
-        """Keep the context's content, which is that of the prompt ``ids``."""
-        self._store.write_soon([Entry(_KIND, self._key(ids, digests), context.state())])
+        """Keep the context's first positions, which are those of the prompt ``ids``."""
+        state = context.state(len(ids))
+        self._store.write_soon([Entry(_KIND, self._key(ids, digests), state)])
 
     def _key(self, ids: Sequence[int], digests: Sequence[bytes]) -> bytes:
         used = sorted({-1 - value for value in ids if value < 0})

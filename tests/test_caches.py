@@ -176,6 +176,48 @@ def test_an_interrupted_answer_still_keeps_the_picture(
         assert vlm.ask(chart, "What?", max_tokens=1).restored_tokens
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_an_answer_stopped_early_keeps_the_picture(
+    bundle: Callable[..., Path], cache: Path, chart: Path, stage: str
+) -> None:
+    """Behind the picture, or before the first token."""
+    with EdgeVLM.load(bundle(MODEL), settings=settings(cache)) as vlm:
+        cancel = CancelToken()
+
+        def stop(progress: Any) -> None:
+            last = progress.total if stage == "prefill" else 1
+            if progress.stage == stage and progress.done == last:
+                cancel.set()
+
+        with pytest.raises(Cancelled):
+            vlm.ask(chart, "What?", max_tokens=8, progress=stop, cancel=cancel)
+        assert len(entries(cache, "prefix")) == 1
+        assert vlm.ask(chart, "What?", max_tokens=1).restored_tokens
+
+
+def test_a_picture_is_kept_while_the_first_piece_is_read(
+    bundle: Callable[..., Path], cache: Path, chart: Path, plain: EdgeVLM
+) -> None:
+    whole = plain.ask(chart, "What?", max_tokens=8, temperature=0)
+    with EdgeVLM.load(bundle(MODEL), settings=settings(cache)) as vlm:
+        with vlm.stream(chart, "What?", max_tokens=8, temperature=0) as stream:
+            pieces = [next(stream)]
+            assert not entries(cache, "prefix")  # the first piece did not wait for it
+            pieces += stream
+        assert stream.answer.token_ids == whole.token_ids
+        assert len(entries(cache, "prefix")) == 1
+        with vlm.stream(chart, "And?", max_tokens=8) as stream:
+            next(stream)
+        with vlm.stream(chart, "Now?", max_tokens=8, choices=["a", "b"]) as stream:
+            assert next(stream)
+    for path in entries(cache, "prefix"):
+        path.unlink()
+    with EdgeVLM.load(bundle(MODEL), settings=settings(cache)) as vlm:
+        with vlm.stream(chart, "What?", max_tokens=8) as stream:
+            next(stream)  # and no more
+        assert len(entries(cache, "prefix")) == 1
+
+
 def test_a_tile_is_encoded_once_wherever_it_is(
     bundle: Callable[..., Path], cache: Path, plain: EdgeVLM
 ) -> None:

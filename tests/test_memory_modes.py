@@ -15,7 +15,7 @@ import pytest
 from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle import Bundle as OpenBundle
 from edge_vlm.decoder import Decoder
-from edge_vlm.engine_settings import EngineSettings, engine_defaults, untuned
+from edge_vlm.engine_settings import FLASH_ATTENTION, EngineSettings, engine_defaults, untuned
 from edge_vlm.errors import InputError, VisionError
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.machine import KV_TYPES
@@ -92,6 +92,30 @@ def test_kv_types_take_the_memory_they_say() -> None:
             assert expected <= sizes[kv_type] <= 1.02 * expected + 8192
         decoder.close()
     assert sizes["q4_0"] < 0.6 * sizes["q8_0"] < 0.4 * sizes["f16"]
+
+
+@pytest.mark.parametrize("flash_attention", FLASH_ATTENTION)
+def test_the_first_positions_can_be_copied(flash_attention: str) -> None:
+    opened = OpenBundle.open(embedded_bundle())
+    engines = replace(untuned(), threads=1, prefill_threads=1, flash_attention=flash_attention)
+    decoder = Decoder(opened, engines)
+    with decoder.context(800) as context, decoder.context(800) as other:
+        context.append_tokens([5 + i % 90 for i in range(600)])
+        context.settle()
+        whole = context.state()
+        context.append_tokens(range(5, 25), logits=True)
+        before = context.logits()
+        assert other.set_state(context.state(600))
+        assert np.array_equal(context.logits(), before)
+        assert (context.n_positions, other.n_positions) == (620, 600)
+        other.append_tokens(range(5, 25), logits=True)
+        assert np.array_equal(other.logits(), before)
+        for made in (context, other):  # cells that were copied can be forgotten like any other
+            made.truncate(600)
+            assert made.state().nbytes == whole.nbytes
+            made.append_tokens(range(5, 25), logits=True)
+            assert np.array_equal(made.logits(), before)
+    decoder.close()
 
 
 def test_what_a_smaller_kv_cache_costs(bundle: Callable[..., Path]) -> None:
