@@ -73,6 +73,8 @@ class MachineSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
                 raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
+        if not isinstance(self.cache, str | os.PathLike | None):
+            raise InputError(f"cache: must be a folder, or None for no cache, not {self.cache!r}")
         for name, known in (
             ("kv_type", tuple(KV_TYPES)),
             ("residency", RESIDENCIES),

@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from edge_vlm.bundle import Bundle
-from edge_vlm.errors import BundleError
+from edge_vlm.errors import BundleError, EdgeVLMError
 from edge_vlm.folders import cache_folder
+from edge_vlm.write import write_file
 
 ALWAYS_HASHED_BYTES = 64 << 20  # smaller files are hashed each time: it takes no time
 _CHUNK = 1 << 20
@@ -105,14 +105,6 @@ def _write_stamps(bundle: Bundle) -> None:
     }
     path = _stamp_file(bundle)
     # Only a shortcut for the next time: a full or read-only disk must not fail an answer.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, EdgeVLMError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            try:
-                json.dump(stamps, file)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                file.close()
-                os.unlink(file.name)
-                raise
+        write_file(path, json.dumps(stamps).encode(), private=True)

@@ -44,9 +44,9 @@ def test_settings_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"threads": 0}, {"kv_budget": 0}, {"kv_type": "q9"}, {"batch_size": 0}]
+    "bad", [{"threads": 0}, {"kv_budget": 0}, {"kv_type": "q9"}, {"batch_size": 0}, {"cache": 0}]
 )
-def test_settings_are_checked(bad: dict[str, int]) -> None:
+def test_settings_are_checked(bad: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         MachineSettings(**bad)  # type: ignore[arg-type]
 
