@@ -8,12 +8,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -39,6 +39,7 @@ from edge_vlm.kv_move import N_SEQUENCES, SIDE_SEQUENCE, move_cells
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.memory import forget_mapped, give_back_memory
 from edge_vlm.options import AskOptions
+from edge_vlm.patience import Patience, is_decided, long_waits
 from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
@@ -79,7 +80,7 @@ class Decoder:
         self._flash_attention = flash_mode(engines.flash_attention, kv_type, engines.batch_size)
         self._in_turns = in_turns
         self._closed = False
-        _import_engine(engines.spinning)
+        self._patience = _import_engine(engines.spinning)
         self._api = _api()
         _set_logs(logs)
         self._n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
@@ -181,11 +182,14 @@ class Decoder:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """``release`` does nothing meanwhile."""
+        """``release`` does nothing meanwhile, and its threads are patient with each other."""
         with self._guard:
             self._n_working += 1
+        engines = self._engines
+        n_threads = min(engines.threads, engines.prefill_threads)
         try:
-            yield
+            with self._patience.watching(n_threads) if self._patience else nullcontext():
+                yield
         finally:
             with self._guard:
                 self._n_working -= 1
@@ -637,23 +641,18 @@ def _because() -> str:
     return f": {_recent_errors[0]}" if _recent_errors else ""
 
 
-# How long a thread of libgomp, which most builds of llama.cpp use, waits before it sleeps. Its
-# default, 300,000 turns, is about 20 ms on current x86 processors: at every barrier, of which a
-# token has hundreds, a core is kept from whatever thread the others wait for. 1,000 turns are what
-# libgomp takes itself where it knows that there are too few cores.
-_PATIENCE = "1000"
+def _import_engine(spinning: bool) -> Patience | None:
+    """Load llama.cpp. The first call counts: see ``patience``."""
+    if spinning or is_decided():
+        return None
+    with long_waits():
+        import llama_cpp  # noqa: F401
+    return _patience()
 
 
-def _import_engine(spinning: bool) -> None:
-    """Load llama.cpp; libgomp reads the environment when it is loaded, so the first call counts."""
-    if spinning or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        import llama_cpp
-    else:
-        os.environ["GOMP_SPINCOUNT"] = _PATIENCE
-        try:
-            import llama_cpp  # noqa: F401
-        finally:
-            del os.environ["GOMP_SPINCOUNT"]  # not for the processes that this one starts
+@cache
+def _patience() -> Patience:
+    return Patience(_api()._lib)
 
 
 @cache

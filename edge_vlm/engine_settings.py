@@ -72,7 +72,7 @@ class EngineSettings:
     flash_attention: str
     repack: bool  # let llama.cpp interleave the weights' rows: with mmap, another copy of them
     mmap: bool  # map the decoder's file instead of reading it
-    spinning: bool  # threads that wait for each other keep their core busy
+    spinning: bool  # threads that wait for each other always keep their core busy for a while
     tiles_per_call: int  # crops encoded at once
 
     def __post_init__(self) -> None:
@@ -95,8 +95,8 @@ def untuned(arm: bool | None = None) -> EngineSettings:
     On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
     18096, 19356, 19360); the file is read then, as a mapped one would be a second copy. On x86 they
     were slower than the plain ones here, which unpack a weight once for up to 256 positions. A
-    spinning thread gains nothing that can be measured on a quiet machine, and takes the core away
-    from the thread it waits for on a busy one. Two tiles side by side are faster than one after the
+    thread that always spins takes the core, on a busy machine, away from the thread it waits for;
+    without it ``patience`` decides for llama.cpp. Two tiles side by side are faster than one after the
     other with all threads, which wait for each other after every operator. Flash attention makes
     prefill faster on x86 and decode slower; on ARM nobody measured it here.
     """

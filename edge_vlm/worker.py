@@ -155,7 +155,7 @@ class _Measurements:
         decoder.use(EngineSettings(**engines))
         n_ids = decoder.n_ids
         ids = [(7 + 13 * i) % (n_ids - 256) for i in range(prompt)]
-        with decoder.context(prompt + answer) as context:
+        with decoder.working(), decoder.context(prompt + answer) as context:
             if fresh:
                 context.append_tokens(ids[:8], logits=True)  # the weights' first use
                 context.truncate(0)

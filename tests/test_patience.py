@@ -1,0 +1,135 @@
+"""Threads of llama.cpp wait actively for each other only while no other program needs the cores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from edge_vlm import patience
+from edge_vlm.patience import Patience
+
+# CPU seconds that a thread takes within 0.2 s of having nothing to do, by who is patient.
+SCRIPT = """
+import ctypes, json, os, time
+from edge_vlm.decoder import _api, _import_engine
+made = _import_engine(False)
+assert not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+found = []
+if made is not None and made._parallel and made.n_cores > 1:
+    nothing = ctypes.cast(made._nothing, ctypes.c_void_p)
+    for patient in (True, False, True):
+        made.set_patient(patient, 2)
+        assert made.is_patient == patient
+        time.sleep(0.1)  # threads that leave take a moment
+        made._parallel(nothing, ctypes.c_void_p(), ctypes.c_uint(2), ctypes.c_uint(0))
+        started = time.process_time()
+        time.sleep(0.2)
+        found.append(time.process_time() - started)
+print(json.dumps(found))
+"""
+
+
+def test_who_waits_actively() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, check=True, timeout=60
+    )
+    found = json.loads(done.stdout)
+    if not found:
+        pytest.skip("this llama.cpp does not use libgomp, or there is one core")
+    patient, impatient, again = found
+    assert impatient < 0.02
+    assert min(patient, again) > 2 * impatient + 0.02
+
+
+class Library:
+    """As much of libgomp as is asked for."""
+
+    def __init__(self) -> None:
+        self.n_cores = 4
+        self.crowds: list[int] = []
+
+    def GOMP_parallel(  # noqa: N802
+        self, _function: Any, _data: Any, n_threads: Any, _flags: Any
+    ) -> None:
+        self.crowds.append(n_threads.value)
+
+    @property
+    def omp_get_level(self) -> Any:
+        import ctypes
+
+        return ctypes.CFUNCTYPE(None)(lambda: None)
+
+    def omp_get_num_procs(self) -> int:
+        return self.n_cores
+
+
+def looks(*others: float) -> Iterator[tuple[float, float, float]]:
+    """Of a machine where other programs take so many cores, one second each."""
+    now = busy = own = 0.0
+    yield now, busy, own
+    for taken in others:
+        now, busy, own = now + 1, busy + taken + 2, own + 2
+        yield now, busy, own
+
+
+@pytest.mark.parametrize(
+    ("n_threads", "others", "expected"),
+    [
+        (4, [0.0, 0.0], [False, True]),  # one quiet look is not enough
+        (4, [0.0, 1.0, 0.0, 0.0, 0.1], [False, False, False, True, True]),
+        (4, [0.0, 0.0, 0.9, 0.0], [False, True, False, False]),
+        (2, [1.9, 1.9, 2.6], [False, True, False]),  # two cores are left over
+    ],
+)
+def test_others_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, n_threads: int, others: list[float], expected: list[bool]
+) -> None:
+    library: Any = Library()
+    made = Patience(library)
+    seen: list[bool] = []
+    all_seen = threading.Event()
+    source = looks(*others)
+
+    def times() -> tuple[float, float, float]:
+        if (found := next(source, None)) is None:
+            seen.append(made.is_patient)
+            all_seen.set()
+            return 1e9, 0.0, 0.0
+        if found[0] > 1:
+            seen.append(made.is_patient)
+        return found
+
+    monkeypatch.setattr(patience, "_times", times)
+    monkeypatch.setattr(patience, "_INTERVAL", 0.001)
+    with made.watching(n_threads):
+        assert all_seen.wait(10)
+    assert seen[: len(expected)] == expected
+    assert set(library.crowds) == {4 - n_threads + 2}  # more than cores, with those at work
+
+
+def test_what_has_no_libgomp_or_one_thread_is_left_alone() -> None:
+    class Nothing:
+        pass
+
+    without: Any = Nothing()
+    with Patience(without).watching(4):
+        pass
+    library: Any = Library()
+    with Patience(library).watching(1):
+        pass
+    assert not library.crowds
+
+
+def test_the_machine_is_read() -> None:
+    before = patience._times()
+    sum(range(10**6))
+    now = patience._times()
+    assert all(b >= a for a, b in zip(before, now, strict=True))
+    assert patience._taken_by_others((0, 0, 0), (2, 3, 1)) == 1
+    assert patience._taken_by_others((0, 0, 0), (1, 1, 1.1)) == 0
