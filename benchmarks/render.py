@@ -122,6 +122,21 @@ def beside_other_programs(result: Result) -> str:
     return table(["part of the quiet speed", "vision", "prefill", "decode"], rows)
 
 
+def waiting(result: Result) -> str:
+    """Ratios to threads that sleep at once."""
+    rows = [
+        [state, way, *(f"{value:.2f}" for value in speed.values())]
+        for state, ways in result["medians"].items()
+        for way, speed in ways.items()
+        if way != "impatient"
+    ]
+    return (
+        "Speed, relative to threads that sleep at once: threads that always wait actively"
+        ' ("patient"), and edge-vlm ("decided").\n\n'
+        + table(["machine", "threads are", "prefill", "decode"], rows)
+    )
+
+
 def tiles(result: Result) -> str:
     """Cost by number of crops, and a plot of it."""
     points = result["points"]
@@ -241,6 +256,7 @@ def plot(name: str, draw: Callable[[Any], None]) -> str:
 SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
     ("against_defaults", "Against the engines' defaults", against_defaults),
     ("beside_other_programs", "Beside another program", beside_other_programs),
+    ("waiting", "How threads wait for each other", waiting),
     ("against_pytorch", "Against PyTorch", against_pytorch),
     ("against_openvino", "Against OpenVINO", against_openvino),
     ("planner", "Planned and measured", planner),

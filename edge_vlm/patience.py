@@ -98,6 +98,14 @@ class Patience:
             self._crowd = _Crowd(self._parallel, self._nothing, self.n_cores - n_threads + 2)
 
     def _watch(self, n_threads: int, stop: threading.Event) -> None:
+        """Decide again and again; where the system does not tell, nobody gets patient."""
+        try:
+            self._decide(n_threads, stop)
+        except (OSError, RuntimeError, NotImplementedError, AttributeError):
+            with self._guard:
+                self.set_patient(False, n_threads)
+
+    def _decide(self, n_threads: int, stop: threading.Event) -> None:
         spare = max(0, self.n_cores - n_threads)
         n_quiet = 0
         before = _times()

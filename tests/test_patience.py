@@ -113,6 +113,24 @@ def test_others_are_noticed(
     assert set(library.crowds) == {4 - n_threads + 2}  # more than cores, with those at work
 
 
+def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def refuse() -> None:
+        asked.set()
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(patience, "_times", refuse)
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    library: Any = Library()
+    made = Patience(library)
+    with made.watching(4):
+        assert asked.wait(10)
+    assert not made.is_patient
+    assert not failed
+
+
 def test_what_has_no_libgomp_or_one_thread_is_left_alone() -> None:
     class Nothing:
         pass
