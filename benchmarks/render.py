@@ -122,6 +122,21 @@ def beside_other_programs(result: Result) -> str:
     return table(["part of the quiet speed", "vision", "prefill", "decode"], rows)
 
 
+def decoder(result: Result) -> str:
+    """Both decoders, and the median of the rounds' ratios."""
+    rows = [
+        [
+            f"{key}, tokens/s",
+            *(number(values[key]) for values in result["medians"].values()),
+            f"{ratio:.2f}",
+        ]
+        for key, ratio in result["ratios"].items()
+    ]
+    told = f"{result['positions']} positions, then {result['tokens']} tokens; "
+    told += f"{len(result['rounds'])} rounds in turns, the median of their ratios."
+    return f"{told}\n\n{table(['', *result['medians'], 'ratio'], rows)}"
+
+
 def waiting(result: Result) -> str:
     """Ratios to threads that sleep at once."""
     rows = [
@@ -255,6 +270,7 @@ def plot(name: str, draw: Callable[[Any], None]) -> str:
 
 SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
     ("against_defaults", "Against the engines' defaults", against_defaults),
+    ("decoder", "The decoder alone, against llama.cpp's defaults", decoder),
     ("beside_other_programs", "Beside another program", beside_other_programs),
     ("waiting", "How threads wait for each other", waiting),
     ("against_pytorch", "Against PyTorch", against_pytorch),
