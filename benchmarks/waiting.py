@@ -89,6 +89,7 @@ def decide(way: str, own: Any = Patience.set_patient) -> None:
     def always(patience: Patience, patient: bool, n_threads: int) -> None:
         own(patience, way == "patient", n_threads)
 
+    # The decisions are what is measured, and edge-vlm offers no way to overrule them.
     Patience.set_patient = own if way == "decided" else always  # type: ignore[method-assign]
 
 

@@ -260,12 +260,12 @@ class Conversation:
         n_restored = self._restore(context, ids, pictures, clock) if from_nothing else 0
         n_kept += n_restored
         crops = self._encode(pictures, ids[n_kept:], clock, progress, cancel)
-        end = picture_ends(ids)[-1:] if from_nothing else []
+        end = max(picture_ends(ids), default=0) if from_nothing else 0
 
         def keep() -> None:
-            if engine.prefixes and end and n_kept < end[0] <= context.n_positions:
+            if engine.prefixes and n_kept < end <= context.n_positions:
                 digests = [picture.digest for picture in pictures]
-                engine.prefixes.keep(context, ids[: end[0]], digests)
+                engine.prefixes.keep(context, ids[:end], digests)
 
         with engine.decoder.working():
             try:
@@ -459,14 +459,14 @@ class Conversation:
         ids: Sequence[int],
         n_kept: int,
         pictures: Sequence[Picture],
-        settle_at: Sequence[int],
+        settle_at: int,
         clock: Clock,
         progress: OnProgress,
         cancel: CancelToken | None,
     ) -> None:
         """Put positions ``n_kept`` and after into the KV cache; logits for the last one.
 
-        What follows the positions ``settle_at`` is computed as behind a prefix from disk.
+        What follows position ``settle_at`` is computed as behind a prefix from disk.
         """
         started, loaded = time.perf_counter(), self._engine.decoder.load_seconds
         position, end = n_kept, len(ids)
@@ -499,7 +499,7 @@ class Conversation:
                     progress=report,
                 )
             position = stop
-            if position in settle_at:
+            if position == settle_at:
                 context.settle()
         clock.prefill += time.perf_counter() - started
         clock.prefill -= self._engine.decoder.load_seconds - loaded

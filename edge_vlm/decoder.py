@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -35,7 +34,7 @@ from edge_vlm.engine_settings import (
 )
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Guide, Vocabulary
-from edge_vlm.kv_move import N_SEQUENCES, SIDE_SEQUENCE, move_cells
+from edge_vlm.kv_move import N_SEQUENCES, copy_cells, move_cells
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.memory import forget_mapped, give_back_memory
 from edge_vlm.options import AskOptions
@@ -185,10 +184,12 @@ class Decoder:
         """``release`` does nothing meanwhile, and its threads are patient with each other."""
         with self._guard:
             self._n_working += 1
-        engines = self._engines
-        n_threads = min(engines.threads, engines.prefill_threads)
+        n_threads = min(self._engines.threads, self._engines.prefill_threads)
+        watching = (
+            self._patience.watching(n_threads) if self._patience else contextlib.nullcontext()
+        )
         try:
-            with self._patience.watching(n_threads) if self._patience else nullcontext():
+            with watching:
                 yield
         finally:
             with self._guard:
@@ -329,12 +330,7 @@ class Context:
         self._arrange()
         if n_positions is None or n_positions == self.n_positions:
             return self._copy()
-        memory = self._memory()
-        self._api.llama_memory_seq_cp(memory, 0, SIDE_SEQUENCE, 0, n_positions)
-        try:
-            return self._copy(SIDE_SEQUENCE)
-        finally:
-            self._api.llama_memory_seq_rm(memory, SIDE_SEQUENCE, -1, -1)
+        return copy_cells(self._api, self._open(), 0, n_positions)
 
     @property
     def state_bytes(self) -> int:
@@ -410,12 +406,11 @@ class Context:
             self._free()
         self._free = self._context = None
 
-    def _copy(self, sequence: int = 0) -> UInt8:
+    def _copy(self) -> UInt8:
         """As ``state``, in the present layout."""
-        api, context = self._api, self._open()
-        state = np.empty(int(api.llama_state_seq_get_size(context, sequence)), np.uint8)
+        state = np.empty(self.state_bytes, np.uint8)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if api.llama_state_seq_get_data(context, data, len(state), sequence) != len(state):
+        if self._api.llama_state_seq_get_data(self._open(), data, len(state), 0) != len(state):
             raise DecoderError("llama.cpp could not copy the KV cache")
         return state
 
@@ -646,7 +641,7 @@ def _import_engine(spinning: bool) -> Patience | None:
     if spinning or is_decided():
         return None
     with long_waits():
-        import llama_cpp  # noqa: F401
+        import llama_cpp  # noqa: F401 (loaded here for what libgomp reads)
     return _patience()
 
 

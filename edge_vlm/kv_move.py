@@ -17,9 +17,8 @@ import numpy.typing as npt
 from edge_vlm.errors import DecoderError
 
 UInt8 = npt.NDArray[np.uint8]
-SIDE_SEQUENCE = 1  # that some cells also belong to while they are copied; what is used is 0
-N_SEQUENCES = 2  # that a context must have room for
-_USED, _MOVING = 0, SIDE_SEQUENCE
+N_SEQUENCES = 2  # that a context must have room for: the one in use, and the cells on their way
+_USED, _MOVING = 0, 1
 _STEP = 128  # cells at a time: little memory, and a layer's V fits a core's cache
 _HEAD = 16  # bytes: magic, sequence, streams, cells
 _CELL = 12  # position, number of sequences, sequence
@@ -39,24 +38,39 @@ def move_cells(api: Any, source: Any, target: Any, n_cells: int, n_layers: int) 
     Raises:
         DecoderError: llama.cpp failed, or lays its state out in another way.
     """
-    mine, theirs = api.llama_get_memory(source), api.llama_get_memory(target)
+    theirs = api.llama_get_memory(target)
     buffer = np.empty(0, np.uint8)
     for start in range(0, n_cells, _STEP):
         stop = min(start + _STEP, n_cells)
-        api.llama_memory_seq_cp(mine, _USED, _MOVING, start, stop)
-        size = int(api.llama_state_seq_get_size(source, _MOVING))
-        if len(buffer) < size:
-            buffer = np.empty(size, np.uint8)
-        state = buffer[:size]
+        state = copy_cells(api, source, start, stop, buffer)
+        buffer = max(buffer, state, key=len)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if api.llama_state_seq_get_data(source, data, size, _MOVING) != size:
-            raise DecoderError("llama.cpp could not copy the KV cache")
-        api.llama_memory_seq_rm(mine, _MOVING, -1, -1)
         transpose_values(state, stop - start, n_layers)
-        if not api.llama_state_seq_set_data(target, data, size, _MOVING):
+        if not api.llama_state_seq_set_data(target, data, len(state), _MOVING):
             raise DecoderError("llama.cpp could not move the KV cache to another context")
         api.llama_memory_seq_cp(theirs, _MOVING, _USED, -1, -1)
         api.llama_memory_seq_rm(theirs, _MOVING, -1, -1)
+
+
+def copy_cells(api: Any, context: Any, start: int, stop: int, buffer: UInt8 | None = None) -> UInt8:
+    """The state of positions ``start`` to ``stop`` alone, in ``buffer`` if that is large enough.
+
+    Raises:
+        DecoderError: llama.cpp failed.
+    """
+    memory = api.llama_get_memory(context)
+    api.llama_memory_seq_cp(memory, _USED, _MOVING, start, stop)
+    try:
+        size = int(api.llama_state_seq_get_size(context, _MOVING))
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size, np.uint8)
+        state = buffer[:size]
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if api.llama_state_seq_get_data(context, data, size, _MOVING) != size:
+            raise DecoderError("llama.cpp could not copy the KV cache")
+    finally:
+        api.llama_memory_seq_rm(memory, _MOVING, -1, -1)
+    return state
 
 
 def transpose_values(state: UInt8, n_cells: int, n_layers: int) -> None:

@@ -101,7 +101,7 @@ class Patience:
         """Decide again and again; where the system does not tell, nobody gets patient."""
         try:
             self._decide(n_threads, stop)
-        except (OSError, RuntimeError, NotImplementedError, AttributeError):
+        except (OSError, RuntimeError):  # psutil's, without a readable /proc/stat for example
             with self._guard:
                 self.set_patient(False, n_threads)
 

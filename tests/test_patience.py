@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from edge_vlm.patience import Patience
 # CPU seconds that a thread takes within 0.2 s of having nothing to do, by who is patient.
 SCRIPT = """
 import ctypes, json, os, time
-from edge_vlm.decoder import _api, _import_engine
+from edge_vlm.decoder import _import_engine
 made = _import_engine(False)
 assert not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
 found = []
@@ -54,15 +55,13 @@ class Library:
         self.n_cores = 4
         self.crowds: list[int] = []
 
-    def GOMP_parallel(  # noqa: N802
+    def GOMP_parallel(  # noqa: N802 (libgomp's name)
         self, _function: Any, _data: Any, n_threads: Any, _flags: Any
     ) -> None:
         self.crowds.append(n_threads.value)
 
     @property
     def omp_get_level(self) -> Any:
-        import ctypes
-
         return ctypes.CFUNCTYPE(None)(lambda: None)
 
     def omp_get_num_procs(self) -> int:
