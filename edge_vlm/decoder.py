@@ -1,26 +1,22 @@
-"""The language model in llama.cpp: weights and vocabulary, and contexts that hold a KV cache.
-
-llama-cpp-python's low-level functions mirror ``llama.h`` of the pinned release.
-"""
+"""The language model in llama.cpp: weights and vocabulary, and contexts that hold a KV cache."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm import llama
 from edge_vlm.bundle import DECODER_NAME, Bundle
 from edge_vlm.cancel import CancelToken
 from edge_vlm.cost import context_size
@@ -33,18 +29,15 @@ from edge_vlm.engine_settings import (
     untuned,
 )
 from edge_vlm.errors import BundleError, Cancelled, DecoderError
-from edge_vlm.guide import Guide, Vocabulary
+from edge_vlm.guide import Vocabulary
 from edge_vlm.kv_move import N_SEQUENCES, copy_cells, move_cells
 from edge_vlm.machine import KV_TYPES
 from edge_vlm.memory import forget_mapped, give_back_memory
-from edge_vlm.options import AskOptions
-from edge_vlm.patience import Patience, is_decided, long_waits
 from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 _ABORTED = 2  # llama_decode's result when the abort callback answered true
-_LOG_ERROR = 4
 
 
 class Decoder:
@@ -79,9 +72,9 @@ class Decoder:
         self._flash_attention = flash_mode(engines.flash_attention, kv_type, engines.batch_size)
         self._in_turns = in_turns
         self._closed = False
-        self._patience = _import_engine(engines.spinning)
-        self._api = _api()
-        _set_logs(logs)
+        self._patience = llama.load(engines.spinning)
+        self._api = llama.api()
+        llama.set_logs(logs)
         self._n_gpu_layers = gpu_layers(layers_on_gpu, self._api.llama_supports_gpu_offload())
         self._guard = threading.RLock()
         self._n_working = 0
@@ -234,10 +227,10 @@ class Decoder:
         params.load_mode = (
             api.LLAMA_LOAD_MODE_MMAP if self._engines.mmap else api.LLAMA_LOAD_MODE_NONE
         )
-        _recent_errors.clear()
+        llama.forget_errors()
         model = api.llama_model_load_from_file(str(self._path).encode(), params)
         if not model:
-            raise BundleError(f"{self._path}: llama.cpp cannot load it{_because()}")
+            raise BundleError(f"{self._path}: llama.cpp cannot load it{llama.because()}")
         return model
 
     def _check_geometry(self) -> None:
@@ -478,7 +471,7 @@ class Context:
         params.n_batch = params.n_ubatch = min(batch_size, params.n_ctx)
         params.n_threads = engines.threads
         params.n_threads_batch = engines.prefill_threads
-        params.type_k = params.type_v = _ggml_type(decoder._kv_type)
+        params.type_k = params.type_v = llama.ggml_type(decoder._kv_type)
         params.no_perf = True
         # On a CPU, llama.cpp's flash attention adds up V in half precision where less than 64
         # positions are computed at once, as for every token of an answer: at 1,776 positions
@@ -489,10 +482,10 @@ class Context:
             "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
             "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
         }[flash_attention]
-        _recent_errors.clear()
+        llama.forget_errors()
         context = api.llama_init_from_model(model, params)
         if not context:
-            raise DecoderError(f"llama.cpp could not create a context{_because()}")
+            raise DecoderError(f"llama.cpp could not create a context{llama.because()}")
         return context
 
     def _append(
@@ -508,7 +501,7 @@ class Context:
         batches = _batches(len(rows), int(api.llama_n_batch(context)), self._flash)
         if cancel:
             address = ctypes.cast(cancel.buffer, ctypes.c_void_p)
-            api.llama_set_abort_callback(context, _abort_when_set(), address)
+            api.llama_set_abort_callback(context, llama.abort_when_set(), address)
         try:
             for start, stop in batches:
                 if cancel:
@@ -520,7 +513,7 @@ class Context:
                     progress(stop)
         finally:
             if cancel:
-                api.llama_set_abort_callback(context, _never_abort(), None)
+                api.llama_set_abort_callback(context, llama.never_abort(), None)
 
     def _decode(
         self, part: npt.NDArray[Any], wanted: npt.NDArray[np.int8], cancel: CancelToken | None
@@ -533,13 +526,13 @@ class Context:
         else:
             batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        _recent_errors.clear()
+        llama.forget_errors()
         result = api.llama_decode(self._open(), batch)
         if result == 0:
             return
         if result == _ABORTED and cancel and cancel.is_set:
             raise Cancelled("stopped while the decoder was working")
-        raise DecoderError(f"llama.cpp failed with code {result}{_because()}")
+        raise DecoderError(f"llama.cpp failed with code {result}{llama.because()}")
 
     def _memory(self) -> Any:
         return self._api.llama_get_memory(self._open())
@@ -557,56 +550,6 @@ class Context:
         return self._context
 
 
-class Sampler:
-    """Picks the next token from a context's logits; ids that are only read never win.
-
-    With a ``guide``, only tokens of its language do.
-    """
-
-    def __init__(
-        self, decoder: Decoder, options: AskOptions, seed: int, guide: Guide | None = None
-    ) -> None:
-        self._api = api = decoder._api
-        self._guide = guide
-        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        geometry = decoder._geometry
-        n_extra = geometry.additional_vocab_size
-        if n_extra:
-            bias = (api.llama_logit_bias * n_extra)()
-            for index in range(n_extra):
-                bias[index].token = geometry.vocab_size + index
-                bias[index].bias = -np.inf
-            never = api.llama_sampler_init_logit_bias(decoder.n_ids, n_extra, bias)
-            api.llama_sampler_chain_add(chain, never)
-        if options.temperature == 0:
-            api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
-        else:
-            for link in (
-                api.llama_sampler_init_top_p(options.top_p, 1),
-                api.llama_sampler_init_min_p(options.min_p, 1),
-                api.llama_sampler_init_temp(options.temperature),
-                api.llama_sampler_init_dist(seed),
-            ):
-                api.llama_sampler_chain_add(chain, link)
-        self._chain = chain
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._api.llama_sampler_free(self._chain)
-
-    def sample(self, context: Context) -> int:
-        """The next token."""
-
-        def draw() -> int:
-            return int(self._api.llama_sampler_sample(self._chain, context._open(), -1))
-
-        if self._guide is None:
-            return draw()
-        return self._guide.choose(lambda allowed: context.forbid(~allowed), draw)
-
-
 def _batches(n_rows: int, size: int, flash: bool) -> list[tuple[int, int]]:
     """(start, stop) of batches of at most ``size``; with flash attention none is too small."""
     stops = [*range(size, n_rows, size), n_rows]
@@ -618,81 +561,3 @@ def _batches(n_rows: int, size: int, flash: bool) -> list[tuple[int, int]]:
 def kv_bytes(n_positions: int, decoder: Decoder) -> int:
     """Bytes of KV cache for a number of positions."""
     return n_positions * decoder._geometry.kv_bytes_per_token(KV_TYPES[decoder._kv_type])
-
-
-def build_info() -> tuple[str, bool]:
-    """llama.cpp's own description of its build, and whether it can use a GPU."""
-    api = _api()
-    text = api.llama_print_system_info().decode("utf-8", "replace")
-    return text, bool(api.llama_supports_gpu_offload())
-
-
-_recent_errors: collections.deque[str] = collections.deque(maxlen=8)
-_print_logs = False
-
-
-def _because() -> str:
-    """The first error llama.cpp logged since the deque was cleared, as the end of a message."""
-    return f": {_recent_errors[0]}" if _recent_errors else ""
-
-
-def _import_engine(spinning: bool) -> Patience | None:
-    """Load llama.cpp. The first call counts: see ``patience``."""
-    if spinning or is_decided():
-        return None
-    with long_waits():
-        import llama_cpp  # noqa: F401 (loaded here for what libgomp reads)
-    return _patience()
-
-
-@cache
-def _patience() -> Patience:
-    return Patience(_api()._lib)
-
-
-@cache
-def _api() -> Any:
-    """llama-cpp-python's low-level module with its backend started."""
-    import llama_cpp
-
-    api = llama_cpp.llama_cpp
-    api.llama_log_set(_log, ctypes.c_void_p())
-    api.llama_backend_init()
-    return api
-
-
-def _set_logs(enabled: bool) -> None:
-    global _print_logs  # llama.cpp's log callback is one for the process too
-    _print_logs = enabled
-
-
-def _on_log(level: int, text: bytes, _user_data: object) -> None:
-    message = text.decode("utf-8", "replace")
-    if level == _LOG_ERROR:
-        _recent_errors.append(" ".join(message.split())[:300])
-    if _print_logs:
-        sys.stderr.write(message)
-
-
-_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_on_log)
-
-
-@cache
-def _abort_when_set() -> Any:
-    """An abort callback without Python in it.
-
-    llama.cpp asks it before every operator, from its own threads; a Python function would take the
-    interpreter's lock thousands of times a second. strlen() of a token's buffer is 0 until the
-    token is set and 1 afterwards, which is just what the callback has to answer.
-    """
-    libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
-    return ctypes.cast(libc.strlen, _api().ggml_abort_callback)
-
-
-@cache
-def _never_abort() -> Any:
-    return _api().ggml_abort_callback()
-
-
-def _ggml_type(name: str) -> int:
-    return int(getattr(_api(), f"GGML_TYPE_{name.upper()}"))

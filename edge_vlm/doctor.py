@@ -102,7 +102,7 @@ def examine() -> Report:
     except Exception as error:  # a broken installation can raise anything
         errors.append(f"onnxruntime does not load: {_one_line(error)}")
     try:
-        from edge_vlm.decoder import build_info
+        from edge_vlm.llama import build_info
 
         text, offload = build_info()
         build = parse_system_info(text)

@@ -14,10 +14,11 @@ from edge_vlm.answer import Clock, OnProgress, Progress
 from edge_vlm.bundle import Manifest
 from edge_vlm.cancel import CancelToken
 from edge_vlm.choices import log_probabilities
-from edge_vlm.decoder import Context, Decoder, Sampler
+from edge_vlm.decoder import Context, Decoder
 from edge_vlm.errors import Cancelled
 from edge_vlm.guide import Guide
 from edge_vlm.options import AskOptions
+from edge_vlm.sampler import Sampler
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from edge_vlm import (
     Progress,
     PromptError,
 )
-from edge_vlm.decoder import Sampler
 from edge_vlm.messages import ImagePart
 from edge_vlm.options import AskOptions
+from edge_vlm.sampler import Sampler
 from tests.conftest import GoldenModel
 
 MODEL = "tiny-126-tied"

@@ -18,8 +18,8 @@ from edge_vlm.patience import Patience
 # CPU seconds that a thread takes within 0.2 s of having nothing to do, by who is patient.
 SCRIPT = """
 import ctypes, json, os, time
-from edge_vlm.decoder import _import_engine
-made = _import_engine(False)
+from edge_vlm import llama
+made = llama.load(False)
 assert not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
 found = []
 if made is not None and made._parallel and made.n_cores > 1:
