@@ -94,7 +94,8 @@ def untuned(arm: bool | None = None) -> EngineSettings:
 
     On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
     18096, 19356, 19360); the file is read then, as a mapped one would be a second copy. On x86
-    they were slower than the plain ones here, which unpack a weight once for up to 256 positions.
+    they were slower than the plain ones here, which unpack a weight once for up to 256 positions;
+    q4_0 has no such kernels, but interleaved it takes a quarter more memory.
     A thread that always spins takes the core, on a busy machine, away from the thread it waits
     for; without it ``patience`` decides for llama.cpp. Two tiles side by side are faster than one
     after the other with all threads, which wait for each other after every operator. Flash
