@@ -15,7 +15,7 @@ import statistics
 import sys
 from dataclasses import asdict
 
-from common import save
+from common import medians, save
 
 from edge_vlm.bench import circumstances
 from edge_vlm.engine_settings import engine_defaults, untuned
@@ -59,13 +59,10 @@ def main() -> None:
         key: statistics.median(found["edge-vlm"][key] / found[DEFAULTS][key] for found in speeds)
         for key in counts
     }
-    medians = {
-        name: {key: statistics.median(found[name][key] for found in speeds) for key in counts}
-        for name in settings
-    }
+    middle = medians({name: [found[name] for found in speeds] for name in settings})
     print(", ".join(f"{key} x{ratio:.2f}" for key, ratio in ratios.items()), file=sys.stderr)
     report = {"positions": options.positions, "tokens": options.tokens, "rounds": speeds}
-    save("decoder", {**circumstances(), **report, "medians": medians, "ratios": ratios})
+    save("decoder", {**circumstances(), **report, "medians": middle, "ratios": ratios})
 
 
 if __name__ == "__main__":

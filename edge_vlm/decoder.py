@@ -321,9 +321,7 @@ class Context:
             DecoderError: llama.cpp failed.
         """
         self._arrange()
-        if n_positions is None or n_positions == self.n_positions:
-            return self._copy()
-        return copy_cells(self._api, self._open(), 0, n_positions)
+        return self._copy(n_positions)
 
     @property
     def state_bytes(self) -> int:
@@ -399,13 +397,10 @@ class Context:
             self._free()
         self._free = self._context = None
 
-    def _copy(self) -> UInt8:
+    def _copy(self, n_positions: int | None = None) -> UInt8:
         """As ``state``, in the present layout."""
-        state = np.empty(self.state_bytes, np.uint8)
-        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if self._api.llama_state_seq_get_data(self._open(), data, len(state), 0) != len(state):
-            raise DecoderError("llama.cpp could not copy the KV cache")
-        return state
+        stop = self.n_positions if n_positions is None else n_positions
+        return copy_cells(self._api, self._open(), 0, stop)
 
     def _fill(self, context: Any, state: UInt8) -> bool:
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
