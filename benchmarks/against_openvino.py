@@ -30,7 +30,7 @@ from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.folders import find_bundle
 from edge_vlm.machine import MachineSettings
 from edge_vlm.memory import peak_rss_bytes
-from edge_vlm.tuning import load_tuning
+from edge_vlm.tuning import engines_for, load_tuning
 from edge_vlm.worker import Worker
 
 OWN, OTHER = "edge-vlm", "OpenVINO"
@@ -94,7 +94,7 @@ def main() -> None:
 
 def _own(bundle: Bundle, tiles: int, prompt: int, decoder: bool) -> dict[str, float]:
     tuning = load_tuning(bundle.manifest)
-    engines = asdict(MachineSettings().engine_settings(tuning.settings if tuning else None))
+    engines = asdict(engines_for(bundle.manifest, MachineSettings(), tuning))
     with Worker() as worker:
         seen = worker.call("vision", model=str(bundle.path), engines=engines, crops=tiles)
     found = {"vision_seconds_per_tile": seen["vision"] / tiles}

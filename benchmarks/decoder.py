@@ -18,8 +18,11 @@ from dataclasses import asdict
 from common import medians, save
 
 from edge_vlm.bench import circumstances
-from edge_vlm.engine_settings import engine_defaults, untuned
+from edge_vlm.bundle import Bundle
+from edge_vlm.engine_settings import engine_defaults
 from edge_vlm.folders import find_bundle
+from edge_vlm.machine import MachineSettings
+from edge_vlm.tuning import engines_for
 from edge_vlm.worker import Worker
 
 DEFAULTS = "llama.cpp's defaults"
@@ -32,17 +35,18 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=1766, help="of the prompt")
     parser.add_argument("--tokens", type=int, default=48, help="decoded behind it")
     options = parser.parse_args()
-    model = str(find_bundle(options.bundle))
-    settings = {"edge-vlm": untuned(), DEFAULTS: engine_defaults()}
+    bundle = Bundle.open(find_bundle(options.bundle))
+    own = engines_for(bundle.manifest, MachineSettings())
+    settings = {"edge-vlm": own, DEFAULTS: engine_defaults()}
     counts = {"prefill": options.positions, "decode": options.tokens}
     speeds: list[dict[str, dict[str, float]]] = []
-    with Worker() as own, Worker() as other:
+    with Worker() as ours, Worker() as theirs:
         for number in range(options.rounds):
             found = {}
-            for (name, engines), worker in zip(settings.items(), (own, other), strict=True):
+            for (name, engines), worker in zip(settings.items(), (ours, theirs), strict=True):
                 seconds = worker.call(
                     "decoder",
-                    model=model,
+                    model=str(bundle.path),
                     engines=asdict(engines),
                     kv_type="f16",
                     prompt=options.positions,

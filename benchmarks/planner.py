@@ -21,7 +21,7 @@ from edge_vlm.folders import find_bundle
 from edge_vlm.limits import request_settings
 from edge_vlm.machine import MachineSettings
 from edge_vlm.plan import ModelSizes, plan_request
-from edge_vlm.tuning import load_tuning
+from edge_vlm.tuning import engines_for, load_tuning
 
 SIZES = ("378x378", "640x480", "800x800", "1920x1080", "1080x1920", "2000x700", "2728x2046")
 TOKENS = 16
@@ -38,7 +38,7 @@ def main() -> None:
     if tuning is None:
         sys.exit("run 'edge-vlm tune' for this bundle first")
     settings = MachineSettings.from_environment()
-    engines = settings.engine_settings(tuning.settings)
+    engines = engines_for(bundle.manifest, settings, tuning)
     sizes = [word for size in options.sizes for word in ("--size", size)]
     report = bench(
         "edge-vlm",

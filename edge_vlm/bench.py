@@ -15,7 +15,7 @@ from edge_vlm.bundle import Bundle
 from edge_vlm.engine_settings import engine_defaults
 from edge_vlm.errors import InputError
 from edge_vlm.machine import MachineSettings
-from edge_vlm.tuning import load_tuning
+from edge_vlm.tuning import engines_for, load_tuning
 from edge_vlm.verify import verify
 from edge_vlm.worker import Worker
 
@@ -148,8 +148,9 @@ def _precision(model: Path) -> dict[str, str]:
 
 
 def _plain(variant: Variant) -> dict[str, Any]:
-    tuning = load_tuning(Bundle.open(variant.model).manifest)
-    engines = variant.settings.engine_settings(tuning.settings if tuning else None)
+    manifest = Bundle.open(variant.model).manifest
+    tuning = load_tuning(manifest)
+    engines = engines_for(manifest, variant.settings, tuning)
     return {
         **asdict(engines),
         "kv_type": variant.settings.kv_type,

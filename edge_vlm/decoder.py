@@ -32,7 +32,7 @@ from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Vocabulary
 from edge_vlm.kv_move import N_SEQUENCES, copy_cells, move_cells
 from edge_vlm.machine import KV_TYPES
-from edge_vlm.memory import forget_mapped, give_back_memory
+from edge_vlm.memory import give_back_memory
 from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
@@ -66,7 +66,7 @@ class Decoder:
         self._path = bundle.file(DECODER_NAME)
         self._manifest = bundle.manifest
         self._geometry = bundle.manifest.decoder
-        self._engines = engines = engines or untuned()
+        self._engines = engines = engines or untuned(self._geometry.precision)
         self._kv_type = kv_type
         self._kv_budget = kv_budget
         self._flash_attention = flash_mode(engines.flash_attention, kv_type, engines.batch_size)
@@ -212,8 +212,6 @@ class Decoder:
                 self._model = model = self._load(vocab_only=False)
                 self._free = weakref.finalize(self, self._api.llama_model_free, model)
                 self._check_geometry()
-                if self._engines.mmap:
-                    forget_mapped(self._path)
                 if self._in_turns:
                     self.load_seconds += time.perf_counter() - started
             return self._model
@@ -227,6 +225,8 @@ class Decoder:
         params.load_mode = (
             api.LLAMA_LOAD_MODE_MMAP if self._engines.mmap else api.LLAMA_LOAD_MODE_NONE
         )
+        if self._engines.mmap:
+            params.progress_callback = llama.forget_while_loading(self._path)
         llama.forget_errors()
         model = api.llama_model_load_from_file(str(self._path).encode(), params)
         if not model:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_vlm.errors import InputError
 from edge_vlm.hardware import default_threads
+from edge_vlm.memory import CAN_FORGET
 
 # Rows from which on it pays to lay the KV cache out for flash attention and back.
 FLASH_ROWS = 512
@@ -70,7 +71,7 @@ class EngineSettings:
     # off, on, auto, or prefill: on while a long prompt is computed, and the KV cache is then laid
     # out anew for the answer. A quantized KV cache always has it on.
     flash_attention: str
-    repack: bool  # let llama.cpp interleave the weights' rows: with mmap, another copy of them
+    repack: bool  # let llama.cpp interleave the weights' rows, for other kernels
     mmap: bool  # map the decoder's file instead of reading it
     spinning: bool  # threads that wait for each other always keep their core busy for a while
     tiles_per_call: int  # crops encoded at once
@@ -86,24 +87,29 @@ class EngineSettings:
 
     def with_repack(self, repack: bool) -> EngineSettings:
         """Interleaved weights or not; the file is mapped where that is no second copy of them."""
-        return replace(self, repack=repack, mmap=not repack)
+        return replace(self, repack=repack, mmap=CAN_FORGET or not repack)
 
 
-def untuned(arm: bool | None = None) -> EngineSettings:
-    """What is best on most machines of this kind, or on ARM or x86.
+def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
+    """What is best on most machines of this kind, or on Linux on ARM or x86.
 
     On ARM the interleaved kernels make prefill 1.9 to 3.5 times as fast (llama.cpp PRs 17494,
-    18096, 19356, 19360); the file is read then, as a mapped one would be a second copy. On x86
-    they were slower than the plain ones here, which unpack a weight once for up to 256 positions;
-    q4_0 has no such kernels, but interleaved it takes a quarter more memory.
+    18096, 19356, 19360). On x86 they were slower here than the plain ones, which unpack a weight
+    once for up to 256 positions; but q4_0 has no such plain ones.
     A thread that always spins takes the core, on a busy machine, away from the thread it waits
     for; without it ``patience`` decides for llama.cpp. Two tiles side by side are faster than one
     after the other with all threads, which wait for each other after every operator. Flash
     attention makes prefill faster on x86 and decode slower; on ARM nobody measured it here.
+
+    Args:
+        precision: of the decoder's weights, as in its manifest.
+        arm: whether the machine has such a processor; without it, this machine.
     """
     threads = default_threads()
+    can_forget = CAN_FORGET or arm is not None
     if arm is None:
         arm = platform.machine().lower() in ("aarch64", "arm64")
+    repack = arm or precision == "q4_0"
     return EngineSettings(
         threads=threads,
         prefill_threads=threads,
@@ -111,11 +117,11 @@ def untuned(arm: bool | None = None) -> EngineSettings:
         vision_streams=min(2, threads),
         batch_size=256 if arm else 512,
         flash_attention="off" if arm else "prefill",
-        repack=False,
-        mmap=True,
+        repack=repack,
+        mmap=can_forget or not repack,
         spinning=False,
         tiles_per_call=1,
-    ).with_repack(arm)
+    )
 
 
 def engine_defaults() -> EngineSettings:

@@ -91,9 +91,16 @@ class MachineSettings:
         for name, value in self._given().items():
             check_engine_setting(name, value)
 
-    def engine_settings(self, tuned: EngineSettings | None = None) -> EngineSettings:
-        """What the engines get: what is given here, else ``tuned``, else defaults."""
-        base = tuned or untuned()
+    def engine_settings(
+        self, tuned: EngineSettings | None = None, *, precision: str = ""
+    ) -> EngineSettings:
+        """What the engines get: what is given here, else ``tuned``, else defaults.
+
+        Args:
+            tuned: of the bundle.
+            precision: of its decoder, on which defaults depend.
+        """
+        base = tuned or untuned(precision)
         if self.repack is not None and self.repack != base.repack:
             base = base.with_repack(self.repack)
         return replace(base, **self._given())

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+CAN_FORGET = sys.platform == "linux"  # see ``forget_mapped``
 _MADV_DONTNEED = 4  # of Linux
 
 
@@ -47,10 +48,10 @@ def forget_mapped(path: Path) -> None:
 
     llama.cpp makes all of a file resident when it opens it. Of the token table, an eighth of a
     decoder with a head of its own, a prompt reads a few rows; the head itself is first read when
-    the prompt's KV cache is done; and nothing is read while a picture is encoded. Linux alone;
-    elsewhere nothing happens.
+    the prompt's KV cache is done; nothing is read while a picture is encoded; and matrices that
+    are interleaved are never read again. Linux alone; elsewhere nothing happens.
     """
-    if sys.platform != "linux":
+    if not CAN_FORGET:
         return
     name = str(path.resolve())
     with contextlib.suppress(OSError, AttributeError, ValueError):

@@ -24,7 +24,7 @@ from edge_vlm.prefix_cache import PrefixCache
 from edge_vlm.prompt import PromptBuilder
 from edge_vlm.store import open_store
 from edge_vlm.tile_cache import TileCache
-from edge_vlm.tuning import load_tuning
+from edge_vlm.tuning import engines_for, load_tuning
 from edge_vlm.verify import verify
 from edge_vlm.vision import VisionTower
 
@@ -87,7 +87,7 @@ class EdgeVLM(_Closing):
         tuning = load_tuning(bundle.manifest)
         settings, engines = within_memory(
             settings,
-            settings.engine_settings(tuning.settings if tuning else None),
+            engines_for(bundle.manifest, settings, tuning),
             ModelSizes.of(bundle.manifest),
         )
         in_turns = settings.residency == "in-turns"

@@ -69,9 +69,10 @@ class RequestSettings:
     kv_budget: int | None = None  # bytes
     batch_size: int = 512
     flash_attention: str = "prefill"  # off, on or prefill; on with a quantized KV cache
-    repack: bool = False  # let llama.cpp interleave matrices: with mmap, copies of them
+    repack: bool = False  # let llama.cpp interleave matrices
     mmap: bool = True
-    on_demand: bool = True  # what is mapped comes into memory when it is read: on Linux
+    # What is mapped is in memory once it is read, and not beside its interleaved copy: on Linux.
+    on_demand: bool = True
     residency: str = "together"  # or in-turns: the vision session is released before the decoder
     tiles_per_call: int = 1
     vision_streams: int = 2
@@ -114,13 +115,13 @@ class Memory:
     decoder_weights: int
     token_table: int  # in memory only while the decoder is loaded
     head: int  # part of the weights: in memory only from the first token on
-    repacked_weights: int
+    repacked_weights: int  # copies, where the file's own matrices stay in memory too
+    held_weights: int  # part of the decoder's: in memory from loading on, not when they are read
     kv_cache: int
     compute_buffers: int
     prompt_kv_cache: int
     prompt_buffers: int
     residency: str
-    on_demand: bool  # whether the decoder's weights come into memory when they are read
 
     @property
     def peak(self) -> int:
@@ -132,7 +133,7 @@ class Memory:
         answering = weights + self.kv_cache + self.compute_buffers
         loading = weights + self.token_table
         if self.residency == "together":
-            encoding += 0 if self.on_demand else weights
+            encoding += self.held_weights
             prefilling += self.vision_weights
             answering += self.vision_weights
         return self.python + self.picture + max(loading, encoding, prefilling, answering)
@@ -243,10 +244,7 @@ def plan_request(
         cost.context_size(decoder.max_sequence_length),
     )
     crop_bytes = 4 * processor.n_patches * processor.patch_values
-    on_demand = settings.mmap and settings.on_demand
-    table, head = 0, 0
-    if on_demand and not decoder.tied_head:
-        (_, table), (_, head) = cost.table_and_head(decoder, decoder.precision)
+    decoder_weights, table, head, copies, held = _weights(model, settings)
     mode = flash_mode(settings.flash_attention, settings.kv_type, settings.batch_size)
     own, batch = 0, settings.batch_size
     if mode == "prefill":
@@ -265,12 +263,11 @@ def plan_request(
             settings.tiles_per_call,
             min(image.crops, settings.vision_streams + image.crops % settings.vision_streams),
         ),
-        decoder_weights=model.decoder_bytes - table,
+        decoder_weights=decoder_weights,
         token_table=table,
         head=head,
-        repacked_weights=cost.repacked_bytes(decoder, decoder.precision, settings.processor_family)
-        if settings.repack and settings.mmap
-        else 0,
+        repacked_weights=copies,
+        held_weights=held,
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
         compute_buffers=_buffers(decoder, settings, context, batch, mode == "on"),
         prompt_kv_cache=own,
@@ -280,7 +277,6 @@ def plan_request(
         if own
         else 0,
         residency=settings.residency,
-        on_demand=on_demand,
     )
     return RequestPlan(
         image=image,
@@ -295,6 +291,21 @@ def plan_request(
         memory=memory,
         seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
     )
+
+
+def _weights(model: ModelSizes, settings: RequestSettings) -> tuple[int, int, int, int, int]:
+    """Bytes of a ``Memory``: decoder's weights, token table, head, copies, those that are held."""
+    decoder, family = model.decoder, settings.processor_family
+    repacked = cost.repacked_bytes(decoder, decoder.precision, family) if settings.repack else 0
+    if not (settings.mmap and settings.on_demand):
+        copies = repacked if settings.mmap else 0
+        return model.decoder_bytes, 0, 0, copies, model.decoder_bytes + copies
+    table, head = 0, 0
+    if not decoder.tied_head:
+        (_, table), (kind, head) = cost.table_and_head(decoder, decoder.precision)
+        if repacked and kind in cost.REPACKED[family]:
+            head = 0  # not mapped
+    return model.decoder_bytes - table, table, head, 0, repacked
 
 
 def _buffers(

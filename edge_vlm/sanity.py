@@ -12,6 +12,7 @@ from edge_vlm.messages import user_message
 from edge_vlm.prompt import PromptBuilder, TokenSpan
 from edge_vlm.stitch import stitch
 from edge_vlm.tiling import cut_tiles
+from edge_vlm.tuning import engines_for
 from edge_vlm.vision import VisionTower
 
 _QUESTION = "What is on the picture?"
@@ -29,7 +30,7 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     picture = np.stack(np.broadcast_arrays(5 * side[:, None], 5 * side[None, :], 90), axis=-1)
     processor = bundle.manifest.image_processor
     tiles = cut_tiles(picture.astype(np.uint8), processor)
-    engines = settings.engine_settings()
+    engines = engines_for(bundle.manifest, settings)
     tower = VisionTower(bundle, engines)
     embeddings = tower.encode(tiles)
     if not np.isfinite(embeddings).all():

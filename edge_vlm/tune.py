@@ -19,8 +19,9 @@ from edge_vlm.bundle import Bundle, Manifest
 from edge_vlm.engine_settings import EngineSettings, logical_cores
 from edge_vlm.hardware import default_threads
 from edge_vlm.machine import MachineSettings
+from edge_vlm.memory import CAN_FORGET
 from edge_vlm.speeds import Speeds
-from edge_vlm.tuning import Tuning
+from edge_vlm.tuning import Tuning, engines_for
 from edge_vlm.verify import verify
 from edge_vlm.worker import Worker
 
@@ -36,13 +37,13 @@ HOPELESS = 1.15  # a candidate slower by so much after one pair is measured no m
 TYPICAL_PROMPT, TYPICAL_ANSWER = 1744, 100
 
 MARGINS = {
-    "repack": 0.05,  # a copy of the weights
+    "repack": 0.05,  # memory that the system cannot take back
     "flash_attention": 0.05,  # memory, or logits that move
     "batch_size": 0.05,  # larger compute buffers
-    "mmap": 0.1,  # memory that the system cannot take back
+    "mmap": 0.1,  # the same
     "spinning": 0.15,  # several times slower beside another program
     "vision_streams": 0.05,  # a larger arena
-    "tiles_per_call": 0.05,  # the same
+    "tiles_per_call": 0.05,  # a larger arena
 }
 DEFAULT_MARGIN = 0.03
 
@@ -80,7 +81,7 @@ class _Search:
         self._manifest = bundle.manifest
         self._kv_type = settings.kv_type
         self._fixed = settings.fixed_engine_settings()
-        self._best = settings.engine_settings()
+        self._best = engines_for(bundle.manifest, settings)
         self._progress = progress
         self._stack = stack
         self._workers: dict[bool, Worker] = {}  # by spinning, which a process cannot change
@@ -101,7 +102,7 @@ class _Search:
                     continue
                 if name == "repack" and "mmap" not in self._fixed:
                     candidate = self._best.with_repack(value)
-                if name == "mmap" and candidate.mmap and candidate.repack:
+                if name == "mmap" and candidate.mmap and candidate.repack and not CAN_FORGET:
                     continue  # two copies
                 if _is_faster(measure, self._best, candidate, MARGINS.get(name, DEFAULT_MARGIN)):
                     self._best = candidate

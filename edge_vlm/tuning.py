@@ -14,6 +14,7 @@ from edge_vlm.engine_settings import EngineSettings
 from edge_vlm.errors import InputError
 from edge_vlm.folders import config_folder, label
 from edge_vlm.hardware import fingerprint
+from edge_vlm.machine import MachineSettings
 from edge_vlm.speeds import Speeds
 from edge_vlm.write import write_file
 
@@ -73,6 +74,15 @@ def load_tuning(manifest: Manifest) -> Tuning | None:
     except (ValueError, TypeError, RecursionError, InputError) as error:
         _ignored(path, str(error))
     return None
+
+
+def engines_for(
+    manifest: Manifest, settings: MachineSettings, tuning: Tuning | None = None
+) -> EngineSettings:
+    """What the engines get for a bundle: what is given, else what was tuned, else defaults."""
+    return settings.engine_settings(
+        tuning.settings if tuning else None, precision=manifest.decoder.precision
+    )
 
 
 def setting_words(settings: EngineSettings) -> list[tuple[str, str]]:

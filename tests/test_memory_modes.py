@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm import EdgeVLM, MachineSettings
+from edge_vlm import EdgeVLM, MachineSettings, llama
 from edge_vlm.bundle import Bundle as OpenBundle
 from edge_vlm.decoder import Decoder
 from edge_vlm.engine_settings import FLASH_ATTENTION, EngineSettings, engine_defaults, untuned
@@ -171,14 +171,27 @@ def test_given_beats_tuned_beats_default() -> None:
 
 
 def test_interleaved_weights_are_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read where what is mapped cannot be let go of, as it would be a second copy."""
     for machine, repack in (("aarch64", True), ("x86_64", False)):
-        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
-        assert (untuned().repack, untuned().mmap) == (repack, not repack)
-        other = MachineSettings(repack=not repack).engine_settings()
-        assert (other.repack, other.mmap) == (not repack, repack)
-        assert MachineSettings(repack=True, mmap=True).engine_settings().mmap
-        tuned = replace(untuned(), mmap=repack)
-        assert MachineSettings(repack=repack).engine_settings(tuned) == tuned
+        for can_forget in (True, False):
+            monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+            monkeypatch.setattr("edge_vlm.engine_settings.CAN_FORGET", can_forget)
+            assert (untuned().repack, untuned().mmap) == (repack, can_forget or not repack)
+            other = MachineSettings(repack=not repack).engine_settings()
+            assert (other.repack, other.mmap) == (not repack, can_forget or repack)
+            assert MachineSettings(repack=True, mmap=True).engine_settings().mmap
+            tuned = replace(untuned(), mmap=repack)
+            assert MachineSettings(repack=repack).engine_settings(tuned) == tuned
+            for_linux = untuned(arm=machine == "aarch64")
+            assert for_linux == replace(untuned(), mmap=True)
+
+
+def test_weights_without_plain_kernels_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert MachineSettings().engine_settings(precision="q4_0").repack
+    assert not MachineSettings().engine_settings(precision="q4_k_m").repack
+    assert not MachineSettings(repack=False).engine_settings(precision="q4_0").repack
+    assert not MachineSettings().engine_settings(untuned("q4_k_m"), precision="q4_0").repack
 
 
 def test_engine_settings_from_the_environment() -> None:
@@ -291,3 +304,20 @@ def test_embeddings_do_not_keep_the_memory_of_onnxruntime(bundle: Callable[..., 
     settings = opened.manifest.image_processor
     crops = np.zeros((1, settings.n_patches, settings.patch_values), np.float32)
     assert VisionTower(opened).encode_crops(crops, np.zeros(1, bool)).flags.owndata
+
+
+def test_a_mapped_file_is_let_go_of_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[Path] = []
+    monkeypatch.setattr("edge_vlm.llama.forget_mapped", forgotten.append)
+    on_progress = llama.forget_while_loading(Path("x"))
+    counts = []
+    for done in (0.0, 0.01, 0.02, 0.5, 0.51, 0.99, 1.0):
+        assert on_progress(done, None)
+        counts.append(len(forgotten))
+    assert counts == [1, 1, 1, 2, 2, 3, 4]  # at last, all of it
+    forgotten.clear()
+    opened = OpenBundle.open(embedded_bundle())
+    for engines in (replace(untuned(), repack=True), replace(untuned(), mmap=False)):
+        Decoder(opened, engines).close()
+        assert bool(forgotten) is engines.mmap
+        forgotten.clear()

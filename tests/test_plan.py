@@ -150,7 +150,7 @@ def test_repacked_weights_follow_the_processor() -> None:
         plan_request(
             model_sizes("int8", "q4_0"),
             *(2728, 2046),
-            RequestSettings(processor_family="arm", repack=repack, mmap=mmap),
+            RequestSettings(processor_family="arm", repack=repack, mmap=mmap, on_demand=False),
         ).memory.repacked_weights
         for repack, mmap in ((False, True), (True, False), (True, True))
     ]
@@ -229,7 +229,26 @@ def test_a_prompts_own_cache_and_pages_that_are_not_read() -> None:
     ):
         assert memory(on_demand=False, **none).prompt_kv_cache == 0
     assert memory(vision_streams=1).onnxruntime_arena < lean.onnxruntime_arena
-    assert memory(repack=True, mmap=False).on_demand is False
+    read = memory(repack=True, mmap=False)
+    assert read.held_weights == read.decoder_weights == whole.decoder_weights
+    assert lean.held_weights == 0
+
+
+def test_interleaved_weights_take_the_place_of_the_files() -> None:
+    def memory(family: str, **settings: Any) -> Memory:
+        model = model_sizes("int8", "q4_0")
+        request = RequestSettings(processor_family=family, **settings)
+        return plan_request(model, *LARGEST, request).memory
+
+    plain = memory("x86")
+    for family in ("x86", "arm"):
+        mapped = memory(family, repack=True)
+        assert mapped.decoder_weights == plain.decoder_weights
+        assert mapped.repacked_weights == 0
+        assert mapped.held_weights > 0.7e9
+        assert mapped.peak < memory(family, repack=True, mmap=False).peak
+    assert memory("x86", repack=True).peak == plain.peak  # the head is mapped there
+    assert memory("arm", repack=True).peak > plain.peak
 
 
 @given(st.integers(32, 6000), st.integers(32, 6000), st.integers(1, 11))
@@ -412,7 +431,7 @@ def test_plan_in_words(run: Run) -> None:
     assert "tiling        2x2" in few.stdout.decode()
     device = run(
         *("plan", "2728x2046", "-m", "jina-vlm", "--device", "raspberry-pi-5-4gb", "-v"),
-        *("--decoder", "q8_0"),
+        *("--decoder", "f16"),
     )
     assert b"does not fit" in device.stdout
     assert b"estimated for raspberry-pi-5-4gb" in device.stdout

@@ -106,7 +106,8 @@ def command(
         return
     profile = PROFILES[device] if device else None
     tuning = load_tuning(manifest) if manifest and not profile else None
-    machine, engines = _machine(profile, request, ram, max_tiles, tuning)
+    precision = sizes.decoder.precision
+    machine, engines = _machine(precision, profile, request, ram, max_tiles, tuning)
     family = profile.processor_family if profile else None
     machine, engines = within_memory(machine, engines, sizes, processor_family=family)
     speeds: Speeds | None = None
@@ -171,6 +172,7 @@ def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> 
 
 
 def _machine(
+    precision: str,
     profile: DeviceProfile | None,
     request: dict[str, Any],
     ram: int | None,
@@ -186,8 +188,10 @@ def _machine(
     if machine.ram is None and machine.residency == "auto":
         machine = dataclasses.replace(machine, residency="together")
     if profile:
-        return machine, machine.engine_settings(untuned(profile.processor_family == "arm"))
-    return machine, machine.engine_settings(tuning.settings if tuning else None)
+        there = untuned(precision, arm=profile.processor_family == "arm")
+        return machine, machine.engine_settings(there)
+    tuned = tuning.settings if tuning else None
+    return machine, machine.engine_settings(tuned, precision=precision)
 
 
 def _show(

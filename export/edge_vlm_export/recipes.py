@@ -126,7 +126,8 @@ def expected(recipe: Recipe) -> Expected:
     machine = MachineSettings(
         kv_type=recipe.ask.kv_type or "f16", residency=recipe.ask.residency or "together"
     )
-    settings = request_settings(machine, untuned(family == "arm"), processor_family=family)
+    engines = untuned(model.decoder.precision, arm=family == "arm")
+    settings = request_settings(machine, engines, processor_family=family)
     plan = plan_request(model, *PICTURE, settings, max_tiles=recipe.ask.max_tiles)
     return Expected(
         processor=recipe.expected.processor,
