@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _VARIABLES = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000000"}  # about half a second
 _INTERVAL = 0.2  # seconds between two looks at the machine
@@ -56,10 +56,14 @@ class Patience:
         self._n_working = 0
         self._stop = threading.Event()
         self._crowd: _Crowd | None = None
+        self._seen: _Times | None = None  # at the last look
+        self._is_quiet = False  # as it was then
         self._parallel: Any = getattr(library, "GOMP_parallel", None)
         if self._parallel:
             self._nothing: Any = library.omp_get_level
             self.n_cores = int(library.omp_get_num_procs())
+            with contextlib.suppress(OSError, RuntimeError):
+                self._seen = _times()
 
     @contextlib.contextmanager
     def watching(self, n_threads: int) -> Iterator[None]:
@@ -71,7 +75,7 @@ class Patience:
             self._n_working += 1
             if self._n_working == 1:
                 self._stop = threading.Event()
-                self.set_patient(False, n_threads)  # until it is known
+                self.set_patient(self._was_quiet(n_threads), n_threads)
                 watch = threading.Thread(
                     target=self._watch, args=(n_threads, self._stop), daemon=True
                 )
@@ -97,6 +101,27 @@ class Patience:
         elif not patient and not self._crowd and n_threads <= self.n_cores:
             self._crowd = _Crowd(self._parallel, self._nothing, self.n_cores - n_threads + 2)
 
+    def _was_quiet(self, n_threads: int) -> bool:
+        """Whether others left the cores alone since the last look; as then, if that was just now.
+
+        A picture is encoded between two answers, and before the first one.
+        """
+        try:
+            now = _times()
+        except (OSError, RuntimeError):
+            return False
+        if self._seen is None or now.at < self._seen.at + _INTERVAL:
+            self._seen = self._seen or now
+            return self._is_quiet
+        return self._look(now, n_threads)
+
+    def _look(self, now: _Times, n_threads: int) -> bool:
+        """Whether others left the cores alone since the last look; this one is kept."""
+        spare = max(0, self.n_cores - n_threads)
+        before, self._seen = self._seen or now, now
+        self._is_quiet = _taken_by_others(before, now) <= spare + _NOTICED
+        return self._is_quiet
+
     def _watch(self, n_threads: int, stop: threading.Event) -> None:
         """Decide again and again; where the system does not tell, nobody gets patient."""
         try:
@@ -106,17 +131,13 @@ class Patience:
                 self.set_patient(False, n_threads)
 
     def _decide(self, n_threads: int, stop: threading.Event) -> None:
-        spare = max(0, self.n_cores - n_threads)
         n_quiet = 0
-        before = _times()
         while not stop.wait(_INTERVAL):
             now = _times()
-            taken = _taken_by_others(before, now)
-            before = now
-            n_quiet = n_quiet + 1 if taken <= spare + _NOTICED else 0
             with self._guard:
                 if stop.is_set():
                     return
+                n_quiet = n_quiet + 1 if self._look(now, n_threads) else 0
                 if not n_quiet or n_quiet >= _QUIET_LOOKS:
                     self.set_patient(n_quiet > 0, n_threads)
 
@@ -143,8 +164,15 @@ class _Crowd:
         self._left.set()
 
 
-def _times() -> tuple[float, float, float]:
-    """Seconds: now, of all programs on the cores that are ours to use, and of this process."""
+class _Times(NamedTuple):
+    """Seconds."""
+
+    at: float
+    busy: float  # of all programs on the cores that are ours to use
+    own: float  # of this process
+
+
+def _times() -> _Times:
     import psutil
 
     cores = psutil.cpu_times(percpu=True)
@@ -152,10 +180,10 @@ def _times() -> tuple[float, float, float]:
         cores = [cores[i] for i in os.sched_getaffinity(0) if i < len(cores)]
     names = ("user", "nice", "system", "irq", "softirq")
     busy = sum(getattr(core, name, 0.0) for core in cores for name in names)
-    return time.monotonic(), busy, time.process_time()
+    return _Times(time.monotonic(), busy, time.process_time())
 
 
-def _taken_by_others(before: tuple[float, float, float], now: tuple[float, float, float]) -> float:
+def _taken_by_others(before: _Times, now: _Times) -> float:
     """Cores that other programs were using between two looks."""
     seconds, busy, own = (b - a for a, b in zip(before, now, strict=True))
     return max(0.0, busy - own) / max(seconds, 1e-3)

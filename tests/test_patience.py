@@ -68,13 +68,13 @@ class Library:
         return self.n_cores
 
 
-def looks(*others: float) -> Iterator[tuple[float, float, float]]:
+def looks(*others: float) -> Iterator[patience._Times]:
     """Of a machine where other programs take so many cores, one second each."""
     now = busy = own = 0.0
-    yield now, busy, own
+    yield patience._Times(now, busy, own)
     for taken in others:
         now, busy, own = now + 1, busy + taken + 2, own + 2
-        yield now, busy, own
+        yield patience._Times(now, busy, own)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_others_are_noticed(
     all_seen = threading.Event()
     source = looks(*others)
 
-    def times() -> tuple[float, float, float]:
+    def times() -> patience._Times:
         if (found := next(source, None)) is None:
             seen.append(made.is_patient)
             all_seen.set()
-            return 1e9, 0.0, 0.0
-        if found[0] > 1:
+            return patience._Times(1e9, 0.0, 0.0)
+        if found.at > 1:
             seen.append(made.is_patient)
         return found
 
@@ -110,6 +110,25 @@ def test_others_are_noticed(
         assert all_seen.wait(10)
     assert seen[: len(expected)] == expected
     assert set(library.crowds) == {4 - n_threads + 2}  # more than cores, with those at work
+
+
+@pytest.mark.parametrize(("taken", "seconds"), [(0.1, 1.0), (0.9, 1.0), (0.0, 0.05), (0.9, 0.05)])
+def test_what_was_before_counts(
+    monkeypatch: pytest.MonkeyPatch, taken: float, seconds: float
+) -> None:
+    """For the first moment; what is too short to tell leaves it as it was, at first impatient."""
+    now = patience._Times(0.0, 0.0, 0.0)
+    monkeypatch.setattr(patience, "_times", lambda: now)
+    monkeypatch.setattr(patience, "_INTERVAL", 0.2)
+    library: Any = Library()
+    made = Patience(library)
+    monkeypatch.setattr(made, "_watch", lambda *_: None)
+    now = patience._Times(seconds, (2 + taken) * seconds, 2 * seconds)
+    with made.watching(4):
+        assert made.is_patient == (seconds == 1.0 and taken < 0.3)
+    before = made.is_patient
+    with made.watching(4):  # at once
+        assert made.is_patient == before
 
 
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
