@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import platform
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from edge_vlm.engine_settings import EngineSettings
 from edge_vlm.errors import BudgetError
 from edge_vlm.hardware import family, memory_limit
 from edge_vlm.machine import MachineSettings
-from edge_vlm.memory import available_bytes
+from edge_vlm.memory import CAN_FORGET, available_bytes
 from edge_vlm.options import DEFAULT_MAX_TOKENS
 from edge_vlm.plan import ModelSizes, RequestPlan, RequestSettings, limit_tiles, plan_request
 from edge_vlm.speeds import Speeds
@@ -147,7 +146,7 @@ def request_settings(
         flash_attention="on" if engines.flash_attention == "auto" else engines.flash_attention,
         repack=engines.repack,
         mmap=engines.mmap,
-        on_demand=processor_family is not None or sys.platform == "linux",
+        on_demand=processor_family is not None or CAN_FORGET,
         residency="in-turns" if settings.residency == "in-turns" else "together",
         tiles_per_call=engines.tiles_per_call,
         vision_streams=engines.streams,

@@ -9,14 +9,11 @@ import collections
 import ctypes
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from edge_vlm.memory import forget_mapped
 from edge_vlm.patience import Patience, is_decided, long_waits
 
 _LOG_ERROR = 4
-_FORGET_EVERY = 1 / 32  # of a file that is loaded
 
 
 def load(spinning: bool) -> Patience | None:
@@ -68,24 +65,6 @@ def forget_errors() -> None:
 def because() -> str:
     """The first error that was logged since they were forgotten, as the end of a message."""
     return f": {_recent_errors[0]}" if _recent_errors else ""
-
-
-def forget_while_loading(path: Path) -> Any:
-    """A progress callback that keeps what was loaded of a mapped file from staying resident.
-
-    Matrices that are interleaved are copied, one after the other; without it, copies and file
-    would count together before the last one is done.
-    """
-    forgotten = -1.0
-
-    def on_progress(done: float, _user_data: object) -> bool:
-        nonlocal forgotten
-        if done == 1 or done >= forgotten + _FORGET_EVERY:
-            forgotten = done
-            forget_mapped(path)
-        return True
-
-    return api().llama_progress_callback(on_progress)
 
 
 @cache

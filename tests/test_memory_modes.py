@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_vlm import EdgeVLM, MachineSettings, llama
+from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle import Bundle as OpenBundle
 from edge_vlm.decoder import Decoder
 from edge_vlm.engine_settings import FLASH_ATTENTION, EngineSettings, engine_defaults, untuned
 from edge_vlm.errors import InputError, VisionError
 from edge_vlm.folders import embedded_bundle
 from edge_vlm.machine import KV_TYPES
+from edge_vlm.memory import forgetting_mapped
 
 PICTURES = sorted((Path(__file__).parents[1] / "examples").rglob("*.[jp][pn]g"))[:2]
 QUESTION = "What is in the picture?"
@@ -306,18 +308,27 @@ def test_embeddings_do_not_keep_the_memory_of_onnxruntime(bundle: Callable[..., 
     assert VisionTower(opened).encode_crops(crops, np.zeros(1, bool)).flags.owndata
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing happens")
 def test_a_mapped_file_is_let_go_of_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[Path] = []
-    monkeypatch.setattr("edge_vlm.llama.forget_mapped", forgotten.append)
-    on_progress = llama.forget_while_loading(Path("x"))
-    counts = []
-    for done in (0.0, 0.01, 0.02, 0.5, 0.51, 0.99, 1.0):
-        assert on_progress(done, None)
-        counts.append(len(forgotten))
-    assert counts == [1, 1, 1, 2, 2, 3, 4]  # at last, all of it
-    forgotten.clear()
+    monkeypatch.setattr("edge_vlm.memory.forget_mapped", forgotten.append)
+    monkeypatch.setattr("edge_vlm.memory._FORGET_EVERY", 0.001)
+
+    def interrupted() -> None:
+        with forgetting_mapped(Path("x")):
+            deadline = time.monotonic() + 30
+            while len(forgotten) < 3 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    n_done = len(forgotten)
+    assert n_done > 3  # and once at the end
+    time.sleep(0.02)
+    assert len(forgotten) == n_done
     opened = OpenBundle.open(embedded_bundle())
     for engines in (replace(untuned(), repack=True), replace(untuned(), mmap=False)):
+        forgotten.clear()
         Decoder(opened, engines).close()
         assert bool(forgotten) is engines.mmap
-        forgotten.clear()
