@@ -57,7 +57,7 @@ class Patience:
         self._stop = threading.Event()
         self._crowd: _Crowd | None = None
         self._seen: _Times | None = None  # at the last look
-        self._is_quiet = False  # as it was then
+        self._is_quiet = True  # as it was then; a wrong guess lasts no longer than to the next one
         self._parallel: Any = getattr(library, "GOMP_parallel", None)
         if self._parallel:
             self._nothing: Any = library.omp_get_level

@@ -71,7 +71,8 @@ class Library:
 def looks(*others: float) -> Iterator[patience._Times]:
     """Of a machine where other programs take so many cores, one second each."""
     now = busy = own = 0.0
-    yield patience._Times(now, busy, own)
+    for _ in ("loaded", "at work"):
+        yield patience._Times(now, busy, own)
     for taken in others:
         now, busy, own = now + 1, busy + taken + 2, own + 2
         yield patience._Times(now, busy, own)
@@ -80,17 +81,16 @@ def looks(*others: float) -> Iterator[patience._Times]:
 @pytest.mark.parametrize(
     ("n_threads", "others", "expected"),
     [
-        (4, [0.0, 0.0], [False, True]),  # one quiet look is not enough
-        (4, [0.0, 1.0, 0.0, 0.0, 0.1], [False, False, False, True, True]),
-        (4, [0.0, 0.0, 0.9, 0.0], [False, True, False, False]),
-        (2, [1.9, 1.9, 2.6], [False, True, False]),  # two cores are left over
+        (4, [0.0, 0.0], [True, True]),
+        (4, [1.0, 0.0, 0.0, 0.1], [False, False, True, True]),  # one quiet look is not enough
+        (4, [0.0, 0.0, 0.9, 0.0], [True, True, False, False]),
+        (2, [1.9, 2.6, 1.9, 1.9], [True, False, False, True]),  # two cores are left over
     ],
 )
 def test_others_are_noticed(
     monkeypatch: pytest.MonkeyPatch, n_threads: int, others: list[float], expected: list[bool]
 ) -> None:
     library: Any = Library()
-    made = Patience(library)
     seen: list[bool] = []
     all_seen = threading.Event()
     source = looks(*others)
@@ -106,17 +106,19 @@ def test_others_are_noticed(
 
     monkeypatch.setattr(patience, "_times", times)
     monkeypatch.setattr(patience, "_INTERVAL", 0.001)
+    made = Patience(library)
     with made.watching(n_threads):
         assert all_seen.wait(10)
     assert seen[: len(expected)] == expected
-    assert set(library.crowds) == {4 - n_threads + 2}  # more than cores, with those at work
+    # More than cores, with those at work.
+    assert set(library.crowds) == ({4 - n_threads + 2} if False in expected else set())
 
 
 @pytest.mark.parametrize(("taken", "seconds"), [(0.1, 1.0), (0.9, 1.0), (0.0, 0.05), (0.9, 0.05)])
 def test_what_was_before_counts(
     monkeypatch: pytest.MonkeyPatch, taken: float, seconds: float
 ) -> None:
-    """For the first moment; what is too short to tell leaves it as it was, at first impatient."""
+    """For the first moment; what is too short to tell leaves it as it was, at first patient."""
     now = patience._Times(0.0, 0.0, 0.0)
     monkeypatch.setattr(patience, "_times", lambda: now)
     monkeypatch.setattr(patience, "_INTERVAL", 0.2)
@@ -125,7 +127,7 @@ def test_what_was_before_counts(
     monkeypatch.setattr(made, "_watch", lambda *_: None)
     now = patience._Times(seconds, (2 + taken) * seconds, 2 * seconds)
     with made.watching(4):
-        assert made.is_patient == (seconds == 1.0 and taken < 0.3)
+        assert made.is_patient == (seconds < 0.2 or taken < 0.3)
     before = made.is_patient
     with made.watching(4):  # at once
         assert made.is_patient == before
