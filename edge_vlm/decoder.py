@@ -32,7 +32,7 @@ from edge_vlm.errors import BundleError, Cancelled, DecoderError
 from edge_vlm.guide import Vocabulary
 from edge_vlm.kv_move import N_SEQUENCES, copy_cells, move_cells
 from edge_vlm.machine import KV_TYPES
-from edge_vlm.memory import forgetting_mapped, give_back_memory
+from edge_vlm.memory import give_back_memory
 from edge_vlm.providers import gpu_layers
 
 Float32 = npt.NDArray[np.float32]
@@ -226,9 +226,7 @@ class Decoder:
             api.LLAMA_LOAD_MODE_MMAP if self._engines.mmap else api.LLAMA_LOAD_MODE_NONE
         )
         llama.forget_errors()
-        mapped = self._engines.mmap
-        with forgetting_mapped(self._path) if mapped else contextlib.nullcontext():
-            model = api.llama_model_load_from_file(str(self._path).encode(), params)
+        model = llama.load_model(self._path, params, mapped=self._engines.mmap)
         if not model:
             raise BundleError(f"{self._path}: llama.cpp cannot load it{llama.because()}")
         return model

@@ -8,12 +8,17 @@ from __future__ import annotations
 import collections
 import ctypes
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+from edge_vlm.memory import forget_mapped
 from edge_vlm.patience import Patience, is_decided, long_waits
 
 _LOG_ERROR = 4
+_FORGET_EVERY = 1 / 32  # of a file that is loaded
 
 
 def load(spinning: bool) -> Patience | None:
@@ -65,6 +70,34 @@ def forget_errors() -> None:
 def because() -> str:
     """The first error that was logged since they were forgotten, as the end of a message."""
     return f": {_recent_errors[0]}" if _recent_errors else ""
+
+
+def load_model(path: Path, params: Any, *, mapped: bool) -> Any:
+    """llama.cpp's model; None if it refuses. What it has read of a ``mapped`` file is let go of.
+
+    Matrices that are interleaved are copied, one after the other; otherwise copies and file would
+    count together before the last one is done. llama.cpp works in a thread of its own, because
+    Ctrl-C raises in the main thread, and a callback from C cannot pass that on. It ends the load.
+    """
+    stopped = threading.Event()
+    forgotten = -1.0
+
+    def on_progress(done: float, _user_data: object) -> bool:
+        nonlocal forgotten
+        if mapped and (done == 1 or done >= forgotten + _FORGET_EVERY):
+            forgotten = done
+            forget_mapped(path)
+        return not stopped.is_set()
+
+    params.progress_callback = api().llama_progress_callback(on_progress)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(
+                api().llama_model_load_from_file, str(path).encode(), params
+            ).result()
+        except BaseException:
+            stopped.set()
+            raise
 
 
 @cache

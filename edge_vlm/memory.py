@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 CAN_FORGET = sys.platform == "linux"  # see ``forget_mapped``
 _MADV_DONTNEED = 4  # of Linux
-_FORGET_EVERY = 0.05  # seconds: some megabytes of a card's file, some tens of one in memory
 
 
 def peak_rss_bytes() -> int:
@@ -52,7 +49,8 @@ def forget_mapped(path: Path) -> None:
     llama.cpp makes all of a file resident when it opens it. Of the token table, an eighth of a
     decoder with a head of its own, a prompt reads a few rows; the head itself is first read when
     the prompt's KV cache is done; nothing is read while a picture is encoded; and matrices that
-    are interleaved are never read again. Linux alone; elsewhere nothing happens.
+    are interleaved are never read again. Linux alone; elsewhere nothing happens. The file must stay
+    mapped meanwhile: what took its place would be lost.
     """
     if not CAN_FORGET:
         return
@@ -65,29 +63,3 @@ def forget_mapped(path: Path) -> None:
             if len(fields) == 6 and fields[5] == name and fields[1].startswith("r-"):
                 start, end = (int(value, 16) for value in fields[0].split("-"))
                 madvise(start, end - start, _MADV_DONTNEED)
-
-
-@contextlib.contextmanager
-def forgetting_mapped(path: Path) -> Iterator[None]:
-    """``forget_mapped`` again and again, while the file is mapped and loaded, and at the end.
-
-    Matrices that llama.cpp interleaves are copied, one after the other: without it, copies and file
-    would count together before the last one is done. Its own progress callback would be called in
-    the thread where Ctrl-C raises, which a callback from C cannot pass on.
-    """
-    done = threading.Event()
-
-    def forget() -> None:
-        while not done.wait(_FORGET_EVERY):
-            forget_mapped(path)
-
-    thread = threading.Thread(target=forget, daemon=True)
-    if CAN_FORGET:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if CAN_FORGET:
-            thread.join()
-            forget_mapped(path)
