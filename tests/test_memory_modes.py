@@ -328,7 +328,12 @@ def test_loading_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main
     monkeypatch.setattr("edge_vlm.llama.forget_mapped", interrupt)
     opened = OpenBundle.open(embedded_bundle())
-    with pytest.raises(KeyboardInterrupt):
-        Decoder(opened, untuned())
+    # Jobs in the background of a shell ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Decoder(opened, untuned())
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     Decoder(opened, untuned()).close()
