@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from common import child, medians, save
 
-from edge_vlm.bench import circumstances
-from edge_vlm.bundle import DECODER_NAME, VISION_NAME, Bundle
-from edge_vlm.folders import find_bundle
-from edge_vlm.machine import MachineSettings
-from edge_vlm.memory import peak_rss_bytes
-from edge_vlm.tuning import engines_for, load_tuning
-from edge_vlm.worker import Worker
+from edge_vlm.bundle.find import find_bundle
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.machine.memory import peak_rss_bytes
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.measure.bench import circumstances
+from edge_vlm.measure.measurements import Worker
+from edge_vlm.planning.tuning import engines_for, load_tuning
 
 OWN, OTHER = "edge-vlm", "OpenVINO"
 CROPS, PROMPT, ANSWER = 13, 1766, 32  # what a question about a picture of twelve tiles takes

@@ -19,7 +19,7 @@ from typing import Any
 from common import save
 
 from edge_vlm import EdgeVLM, MachineSettings
-from edge_vlm.bench import circumstances
+from edge_vlm.measure.bench import circumstances
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -17,13 +17,13 @@ from dataclasses import asdict
 
 from common import medians, save
 
-from edge_vlm.bench import circumstances
-from edge_vlm.bundle import Bundle
-from edge_vlm.engine_settings import engine_defaults
-from edge_vlm.folders import find_bundle
-from edge_vlm.machine import MachineSettings
-from edge_vlm.tuning import engines_for
-from edge_vlm.worker import Worker
+from edge_vlm.bundle.find import find_bundle
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.machine.engine_settings import engine_defaults
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.measure.bench import circumstances
+from edge_vlm.measure.measurements import Worker
+from edge_vlm.planning.tuning import engines_for
 
 DEFAULTS = "llama.cpp's defaults"
 

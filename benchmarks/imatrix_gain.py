@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edge_vlm_export import export_checkpoint
 
-from edge_vlm.report import Report
+from edge_vlm.bundle.report import Report
 
 DEMO = Path(__file__).parent.parent / "models" / "demo" / "checkpoint"
 
@@ -34,9 +34,9 @@ def main() -> None:
 
 def measure(checkpoint: Path, kind: str, samples: str, *, matrix: bool) -> tuple[float, float]:
     """Mean divergence in nats and share of same tokens, on the held-out samples."""
-    from edge_vlm_export.against import measure_bundle
+    from edge_vlm_export.proof.against import measure_bundle
 
-    from edge_vlm.bundle import Bundle
+    from edge_vlm.bundle.manifest import Bundle
 
     reports: list[Report] = []
     with tempfile.TemporaryDirectory() as folder:

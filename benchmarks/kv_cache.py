@@ -14,11 +14,11 @@ import sys
 import numpy as np
 from common import save
 
-from edge_vlm.bench import circumstances
-from edge_vlm.bundle import Bundle
-from edge_vlm.decoder import Decoder
-from edge_vlm.folders import find_bundle
-from edge_vlm.machine import KV_TYPES
+from edge_vlm.bundle.find import find_bundle
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.measure.bench import circumstances
 
 POSITIONS = 2366  # 13 crops of 182 tokens: what the model's paper counts
 

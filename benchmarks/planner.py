@@ -16,12 +16,12 @@ from typing import Any
 
 from common import bench, save
 
-from edge_vlm.bundle import Bundle
-from edge_vlm.folders import find_bundle
-from edge_vlm.limits import request_settings
-from edge_vlm.machine import MachineSettings
-from edge_vlm.plan import ModelSizes, plan_request
-from edge_vlm.tuning import engines_for, load_tuning
+from edge_vlm.bundle.find import find_bundle
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.planning.limits import request_settings
+from edge_vlm.planning.request import ModelSizes, plan_request
+from edge_vlm.planning.tuning import engines_for, load_tuning
 
 SIZES = ("378x378", "640x480", "800x800", "1920x1080", "1080x1920", "2000x700", "2728x2046")
 TOKENS = 16

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_vlm_export.checkpoint import Checkpoint, Float32, Shape, Tensor
-from edge_vlm_export.config import Settings, read_settings
-from edge_vlm_export.synthesize import config_folder, random_values, tensor_shapes
-from edge_vlm_export.vision import build_vision, write_vision
-from edge_vlm_export.vision_recipe import Range, Recipe
-from edge_vlm_export.vision_stages import Tower
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Tensor
+from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
+from edge_vlm_export.families.jina_vlm.tower import build_vision, write_vision
+from edge_vlm_export.graph.precision import Range, Recipe
+from edge_vlm_export.synthetic.checkpoint import config_folder, random_values, tensor_shapes
+from edge_vlm_export.vision.stages import Tower
 
-from edge_vlm.engines import import_onnxruntime
+from edge_vlm.machine.process import import_onnxruntime
 
 ort = import_onnxruntime()
 BASE = "fp32 cpu"

@@ -20,11 +20,11 @@ import numpy as np
 from beside_other_programs import busy
 from common import save
 
-from edge_vlm.bench import circumstances
-from edge_vlm.bundle import Bundle
-from edge_vlm.decoder import Decoder
-from edge_vlm.folders import find_bundle
-from edge_vlm.patience import Patience
+from edge_vlm.bundle.find import find_bundle
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.waiting import Patience
+from edge_vlm.measure.bench import circumstances
 
 POSITIONS = 512
 WAYS = ("impatient", "patient", "decided")

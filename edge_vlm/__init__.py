@@ -4,10 +4,9 @@
 >>> with EdgeVLM.load() as vlm:
 ...     print(vlm.ask("receipt.jpg", "What is the total?"))  # doctest: +SKIP
 
-In reading order: ``image`` (file to pixels), ``tiling`` (pixels to crops), ``vision`` (crops to
-embeddings), ``stitch`` (embeddings to decoder input), ``prompt`` (conversation to tokens),
-``decoder`` (tokens and embeddings to logits), ``generate`` (logits to text), ``conversation`` (all
-of it in turns), ``model``.
+In reading order, each a sub-package: ``pictures`` (file to embeddings, cut and laid out by
+``families``), ``prompt`` (words to ids), ``decoder`` (ids and embeddings to logits), ``forms``
+(shapes of answers), ``answering`` (turns, and the public face).
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_vlm.answer import Answer, ImageUse, Progress, Timings
-    from edge_vlm.cancel import CancelToken
+    from edge_vlm.answering.answer import Answer, Timings
+    from edge_vlm.answering.chat import Chat, Stream
+    from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.answering.options import AskOptions
     from edge_vlm.errors import (
         BudgetError,
         BundleError,
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
         PromptError,
         VisionError,
     )
-    from edge_vlm.machine import MachineSettings
-    from edge_vlm.model import Chat, EdgeVLM, Stream
-    from edge_vlm.options import AskOptions
-    from edge_vlm.picture import EncodedImage
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.pictures.picture import EncodedImage, ImageUse
+    from edge_vlm.progress import CancelToken, Progress
 
 __version__ = "0.1.0"
 
@@ -63,12 +63,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "answer": ("Answer", "ImageUse", "Progress", "Timings"),
-    "cancel": ("CancelToken",),
-    "machine": ("MachineSettings",),
-    "model": ("Chat", "EdgeVLM", "Stream"),
-    "options": ("AskOptions",),
-    "picture": ("EncodedImage",),
+    "answering.answer": ("Answer", "Timings"),
+    "answering.chat": ("Chat", "Stream"),
+    "answering.model": ("EdgeVLM",),
+    "answering.options": ("AskOptions",),
+    "machine.settings": ("MachineSettings",),
+    "pictures.picture": ("EncodedImage", "ImageUse"),
+    "progress": ("CancelToken", "Progress"),
 }
 
 

@@ -15,11 +15,12 @@ from edge_vlm_export import export_checkpoint
 from tokenizers import Tokenizer
 
 from edge_vlm import EdgeVLM, MachineSettings
-from edge_vlm.bundle import DECODER_NAME, Bundle, ImageProcessor
-from edge_vlm.folders import embedded_bundle
-from edge_vlm.image import load_image
-from edge_vlm.tiling import Tiles, cut_tiles, plan_tiling
-from edge_vlm.vision import VisionTower
+from edge_vlm.bundle.find import embedded_bundle
+from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
+from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles, plan_tiling
+from edge_vlm.pictures.image import load_image
+from edge_vlm.pictures.tower import VisionTower
 from models.demo import fonts
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
 from models.demo.drawing import PALETTE
@@ -144,7 +145,7 @@ def test_both_views_of_a_picture_matter(monkeypatch: pytest.MonkeyPatch, blank: 
     """Many of the example questions are answered wrongly without tiles or thumbnail."""
     questions = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
 
-    def cut(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Tiles:
+    def cut(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> JinaTiles:
         tiles = cut_tiles(pixels, settings)
         tiles.crops[slice(1, None) if blank == "tiles" else slice(0, 1)] = -1
         return tiles
@@ -156,5 +157,5 @@ def test_both_views_of_a_picture_matter(monkeypatch: pytest.MonkeyPatch, blank: 
 
     with EdgeVLM.load("demo", settings=MachineSettings(threads=1, cache=None)) as vlm:
         whole = n_right(vlm)
-        monkeypatch.setattr("edge_vlm.picture.cut_tiles", cut)
+        monkeypatch.setattr("edge_vlm.pictures.picture.cut_tiles", cut)
         assert n_right(vlm) < 0.75 * whole

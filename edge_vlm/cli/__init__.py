@@ -32,6 +32,24 @@ _COMMANDS = {
 }
 
 
+_MODULES = {
+    "ask": "edge_vlm.cli.questions.ask",
+    "bench": "edge_vlm.cli.tools.bench",
+    "cache": "edge_vlm.cli.models.cache",
+    "chat": "edge_vlm.cli.questions.chat",
+    "completion": "edge_vlm.cli.tools.completion",
+    "doctor": "edge_vlm.cli.tools.doctor",
+    "info": "edge_vlm.cli.models.info",
+    "plan": "edge_vlm.cli.tools.plan",
+    "tiles": "edge_vlm.cli.questions.tiles",
+    "tune": "edge_vlm.cli.tools.tune",
+    "use": "edge_vlm.cli.models.use",
+    "verify": "edge_vlm.cli.models.verify",
+    "watch": "edge_vlm.cli.questions.watch",
+    "export": "edge_vlm_export.cli.export",
+}
+
+
 class _Commands(click.Group):
     """Lists commands without importing them."""
 
@@ -41,7 +59,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"edge_vlm.cli.{cmd_name}").command
+        module = _MODULES[cmd_name]
+        command: click.Command = importlib.import_module(module).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from edge_vlm.answer import Progress
+    from edge_vlm.progress import Progress
 
 _LABELS = {"verify": "checking the model", "vision": "looking", "prefill": "reading"}
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from edge_vlm.cancel import CancelToken
+from edge_vlm.progress import CancelToken
 
 Emit = Callable[[str, Any], None]
 _PATIENCE_SECONDS = 1.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from edge_vlm.machine import MachineSettings
+    from edge_vlm.machine.settings import MachineSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,7 +20,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse text; numbers pass."""
-        from edge_vlm.machine import parse_size
+        from edge_vlm.machine.settings import parse_size
 
         if isinstance(value, int):
             return value
@@ -88,7 +88,7 @@ class GpuLayers(click.ParamType):  # type: ignore[type-arg]  # generic only in n
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | int:
         """Parse text."""
-        from edge_vlm.providers import parse_gpu_layers
+        from edge_vlm.machine.providers import parse_gpu_layers
 
         try:
             return parse_gpu_layers(str(value))
@@ -98,7 +98,7 @@ class GpuLayers(click.ParamType):  # type: ignore[type-arg]  # generic only in n
 
 def hardware_options(function: F) -> F:
     """``--provider`` and ``--gpu-layers``."""
-    from edge_vlm.providers import PROVIDER_CHOICES
+    from edge_vlm.machine.providers import PROVIDER_CHOICES
 
     for option in (
         click.option(
@@ -227,7 +227,7 @@ def machine_settings(options: dict[str, Any]) -> MachineSettings:
     Raises:
         InputError: one of them, or a variable of the environment, is out of its range.
     """
-    from edge_vlm.machine import MachineSettings
+    from edge_vlm.machine.settings import MachineSettings
 
     given = ("kv_budget", "threads", "provider", "gpu_layers", "max_pixels")
     settings = MachineSettings.from_environment(

@@ -5,6 +5,6 @@ Read in the order data moves: ``config`` and ``tokenizer`` (what the JSON files 
 orders these steps and puts the finished bundle in its place.
 """
 
-from edge_vlm_export.export import export_checkpoint
+from edge_vlm_export.steps.export import export_checkpoint
 
 __all__ = ["export_checkpoint"]

@@ -18,9 +18,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from edge_vlm.bundle import ImageProcessor
-from edge_vlm.template import ChatTemplate
-from edge_vlm.tiling import TilingPlan, cut_tiles, patch_order, plan_tiling, token_block
+from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.tiling import (
+    TilingPlan,
+    cut_tiles,
+    patch_order,
+    plan_tiling,
+    token_block,
+)
+from edge_vlm.prompt.template import ChatTemplate
 from models.demo.data import Picture
 from models.demo.drawing import PALETTE, Canvas
 from models.demo.families.common import Question

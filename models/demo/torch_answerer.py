@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edge_vlm.tiling import cut_tiles
+from edge_vlm.families.jina_vlm.tiling import cut_tiles
 from models.demo.batches import Preparer
 from models.demo.data import Picture
 from models.demo.families.common import Question

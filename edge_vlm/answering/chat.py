@@ -1,0 +1,196 @@
+"""Conversations, and answers that come piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from edge_vlm.answering.answer import Answer
+from edge_vlm.answering.conversation import Conversation
+from edge_vlm.answering.options import AskOptions
+from edge_vlm.errors import DecoderError, PromptError
+from edge_vlm.progress import CancelToken, OnProgress
+from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
+
+_Self = TypeVar("_Self", bound="Closing")
+
+
+class Closing:
+    """``with`` closes."""
+
+    def close(self) -> None:
+        raise AttributeError("close")
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Chat(Closing):
+    """A conversation; made by ``EdgeVLM.chat``. Use it from one thread at a time."""
+
+    def __init__(self, conversation: Conversation, options: dict[str, Any]) -> None:
+        self._conversation = conversation
+        self._options = options
+        options_of(options)
+
+    def ask(
+        self,
+        question: str,
+        images: Any = (),
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer the next question; arguments and errors as ``EdgeVLM.ask``."""
+        with self.stream(question, images, progress=progress, cancel=cancel, **options) as stream:
+            for _ in stream:
+                pass
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        images: Any = (),
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Any,
+    ) -> Stream:
+        """As ``ask``, piece by piece.
+
+        With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
+        """
+        wanted = options_of({**self._options, **options})
+        new = self._new(question, images, wanted)
+        turn = self._conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def retry(
+        self,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Any,
+    ) -> Stream:
+        """Answer the last question again, piece by piece; the old answer goes when that is done.
+
+        Raises:
+            PromptError: there is none.
+        """
+        wanted = options_of({**self._options, **options})
+        turn = self._conversation.retry(wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def undo(self) -> tuple[Message, ...]:
+        """Take the last question and its answer back, and return them."""
+        return self._conversation.undo()
+
+    def restart(self, messages: Any = ()) -> None:
+        """Begin again, with the answered questions in ``messages`` (OpenAI's form) if given.
+
+        Raises:
+            InputError: the messages or one of their pictures cannot be read; nothing changed.
+        """
+        parsed = parse_messages(messages, answered=True) if messages else []
+        wanted = options_of(self._options)
+        self._conversation.restart(parsed, max_tiles=wanted.max_tiles)
+
+    def n_to_drop(self, question: str, images: Any = (), **options: Any) -> int | None:
+        """How many of the oldest questions to drop for this one; None if all would not do."""
+        wanted = options_of({**self._options, **options})
+        return self._conversation.n_to_drop(self._new(question, images, wanted), wanted)
+
+    def drop_oldest(self, n_questions: int) -> list[Any]:
+        """Forget the oldest questions and their answers; their pictures stay.
+
+        Returns the pictures if no question is left that could carry them.
+        """
+        return [part.source for part in self._conversation.drop_oldest(n_questions)]
+
+    def _new(self, question: str, images: Any, wanted: AskOptions) -> list[Message]:
+        new = [new_message(images, question)]
+        if wanted.system is not None and not self._conversation.messages:
+            new = [Message("system", (Text(wanted.system),)), *new]
+        return new
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns so far; a turn that failed or was stopped is not among them."""
+        return self._conversation.messages
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._conversation.close()
+
+
+class Stream(Closing):
+    """Pieces of an answer as they are generated; afterwards ``answer`` holds all of it."""
+
+    def __init__(
+        self, events: Iterator[str | Answer], on_close: Callable[[], None] | None = None
+    ) -> None:
+        self._events = events
+        self._on_close = on_close
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            event = next(self._events)
+            if isinstance(event, str):
+                return event
+            self._answer = event
+            next(self._events)  # let the turn end
+        except BaseException:
+            self.close()
+            raise
+        raise RuntimeError("a turn goes on after its answer")
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer with its counters and finish reason.
+
+        Raises:
+            DecoderError: the stream was not read to its end.
+        """
+        if self._answer is None:
+            raise DecoderError("the answer is not complete; read the stream to its end first")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop here; what was yielded stays valid."""
+        close = getattr(self._events, "close", None)
+        if close:
+            close()
+        if self._on_close:
+            self._on_close()
+            self._on_close = None
+
+
+def new_message(images: Any, question: str | None) -> Message:
+    if question is None:
+        raise PromptError("there is no question; it follows the images: ask(images, question)")
+    if not isinstance(question, str) or not question.strip():
+        raise PromptError("the question is empty")
+    return user_message(picture_list(images), question)
+
+
+def picture_list(images: Any) -> Sequence[Any]:
+    if images is None:
+        return ()
+    return images if isinstance(images, list | tuple) else (images,)
+
+
+def options_of(options: dict[str, Any]) -> AskOptions:
+    try:
+        return AskOptions(**options)
+    except TypeError as error:
+        raise PromptError(f"options: {str(error).split('__init__() ')[-1]}") from error

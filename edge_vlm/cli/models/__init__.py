@@ -1,0 +1,1 @@
+"""Commands about bundles: use, info, verify, cache."""

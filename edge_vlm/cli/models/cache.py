@@ -1,0 +1,78 @@
+"""``edge-vlm cache``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_vlm.cli.options import json_option, verbose_option
+
+if TYPE_CHECKING:
+    from edge_vlm.machine.store import Store
+
+
+@click.group("cache")
+def command() -> None:
+    """What is kept on disk of pictures, to answer the next question about them sooner.
+
+    Derived data, not the pictures: embeddings of their tiles and the decoder's state behind them.
+    EDGE_VLM_CACHE names the folder, or turns it off ('off'); EDGE_VLM_CACHE_SIZE limits it.
+    """
+
+
+@command.command("info")
+@json_option
+@verbose_option
+def info(as_json: bool, verbose: bool) -> None:
+    """Show the folder, its limit and what is in it."""
+    del verbose  # main() looks for it
+    store = _store()
+    if store is None:
+        click.echo(json.dumps({"enabled": False}) if as_json else "the cache is off")
+        return
+    found = store.info()
+    if as_json:
+        click.echo(json.dumps({"enabled": True, **dataclasses.asdict(found)}))
+        return
+    for label, value in (
+        ("folder", found.folder),
+        ("used", f"{found.used_bytes / 1e6:.1f} MB of at most {found.limit_bytes / 1e6:.0f} MB"),
+        ("tiles", f"{found.entries['tile']} ({found.bytes['tile'] / 1e6:.1f} MB)"),
+        ("prefixes", f"{found.entries['prefix']} ({found.bytes['prefix'] / 1e6:.1f} MB)"),
+    ):
+        click.echo(f"{label:<9} {value}")
+
+
+@command.command("clear")
+@verbose_option
+def clear(verbose: bool) -> None:
+    """Remove everything that is kept."""
+    del verbose  # main() looks for it
+    store = _store()
+    if store is None:
+        click.echo("the cache is off", err=True)
+        return
+    before = store.clear()
+    n_entries = sum(before.entries.values())
+    click.echo(f"removed {n_entries} entries, {before.used_bytes / 1e6:.1f} MB", err=True)
+
+
+@command.command("path")
+@verbose_option
+def path(verbose: bool) -> None:
+    """Print the folder."""
+    del verbose  # main() looks for it
+    store = _store()
+    if store is None:
+        raise click.UsageError("the cache is off (EDGE_VLM_CACHE)")
+    click.echo(store.folder)
+
+
+def _store() -> Store | None:
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.machine.store import open_store
+
+    return open_store(MachineSettings.from_environment())

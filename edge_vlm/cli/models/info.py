@@ -1,0 +1,79 @@
+"""``edge-vlm info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from edge_vlm.cli.options import json_option, verbose_option
+
+
+@click.command("info")
+@click.argument("model", required=False, envvar="EDGE_VLM_MODEL")
+@click.option("--verify", "again", is_flag=True, help="Hash every file again, also large ones.")
+@json_option
+@verbose_option
+def command(model: str | None, again: bool, as_json: bool, verbose: bool) -> None:
+    """Show what a bundle is and whether its files are intact.
+
+    Files are compared with the checksums in the manifest; a large file that was found right and
+    did not change since is not hashed again, unless --verify is given.
+    """
+    del verbose  # main() looks for it
+    from edge_vlm.bundle.checksums import verify
+    from edge_vlm.bundle.find import find_bundle
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.errors import BundleError
+    from edge_vlm.planning.tuning import load_tuning, tuning_line
+
+    bundle = Bundle.open(find_bundle(model))
+    failure: BundleError | None = None
+    try:
+        verify(bundle, again=again)
+    except BundleError as error:
+        failure = error
+    manifest = bundle.manifest
+    tuning = load_tuning(manifest)
+    if as_json:
+        data = {
+            "path": str(bundle.path),
+            "verified": failure is None,
+            "tuning": dataclasses.asdict(tuning) if tuning else None,
+            **manifest.model_dump(),
+        }
+        click.echo(json.dumps(data, ensure_ascii=False))
+    else:
+        processor, decoder = manifest.image_processor, manifest.decoder
+        revision = f" at {manifest.model.revision}" if manifest.model.revision else ""
+        for label, value in (
+            ("model", manifest.model.name),
+            ("licence", manifest.model.license or "not stated"),
+            ("source", f"{manifest.model.source}{revision}"),
+            ("folder", str(bundle.path)),
+            ("vision", f"{manifest.vision.precision}, {manifest.vision.n_layers} layers"),
+            (
+                "decoder",
+                f"{decoder.precision}, {decoder.n_layers} layers of width {decoder.hidden_size},"
+                f" {decoder.vocab_size} ids",
+            ),
+            (
+                "pictures",
+                f"tiles of {processor.tile_hw[1]}x{processor.tile_hw[0]},"
+                f" at most {processor.max_tiles} and a thumbnail",
+            ),
+            ("KV cache", f"{decoder.kv_bytes_per_token()} bytes a token (f16)"),
+            ("files", ", ".join(f"{n} {r.size / 1e6:.1f} MB" for n, r in manifest.files.items())),
+            ("written by", ", ".join(f"{n} {v}" for n, v in manifest.created_with.items())),
+            ("verified", "no" if failure else "yes"),
+            ("tuned", tuning_line(tuning) if tuning else "no; 'edge-vlm tune' does it"),
+        ):
+            click.echo(f"{label:<11} {_printable(value)}")
+    if failure:
+        raise failure
+
+
+def _printable(text: str) -> str:
+    """A manifest's text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,53 @@
+"""``edge-vlm use``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from edge_vlm.cli.options import verbose_option
+
+
+@click.command("use")
+@click.argument("model", required=False, metavar="PATH_OR_NAME")
+@click.option("--reset", is_flag=True, help="Forget the choice.")
+@verbose_option
+def command(model: str | None, reset: bool, verbose: bool) -> None:
+    """Choose the model that commands and EdgeVLM.load() use when none is named.
+
+    --model and EDGE_VLM_MODEL go before the choice. Without an argument the choice is shown, and
+    the names of the models that are installed.
+
+    \b
+    edge-vlm use ./jina-vlm-bundle
+    edge-vlm use demo
+    """
+    del verbose  # main() looks for it
+    from edge_vlm.bundle.find import (
+        CHOICE_NAME,
+        EMBEDDED,
+        chosen_model,
+        find_bundle,
+        installed_names,
+    )
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.machine.files import write_file
+    from edge_vlm.machine.folders import config_folder
+
+    choice = config_folder() / CHOICE_NAME
+    if reset and model:
+        raise click.UsageError("give a model or --reset, not both")
+    if reset:
+        choice.unlink(missing_ok=True)
+    elif model:
+        folder = find_bundle(model)
+        bundle = Bundle.open(folder)
+        stored = str(folder.resolve()) if folder == Path(model) else model
+        choice.parent.mkdir(parents=True, exist_ok=True)
+        write_file(choice, json.dumps({"model": stored}).encode())
+        click.echo(f"{bundle.name}, in {folder}", err=True)
+    else:
+        click.echo(chosen_model() or EMBEDDED)
+        click.echo(f"installed: {', '.join(installed_names())}", err=True)

@@ -1,0 +1,88 @@
+"""``edge-vlm verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from edge_vlm_export.cli.export import require_extra
+
+from edge_vlm.cli.options import json_option, verbose_option
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.report import Report
+
+
+@click.command("verify")
+@click.argument("model", required=False, envvar="EDGE_VLM_MODEL")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Measure the bundle against this checkpoint folder; needs edge-vlm[export].",
+)
+@click.option(
+    "--samples",
+    metavar="FOLDER|builtin",
+    help="Measure on the held-out ones of these pictures; by default on a few built-in ones.",
+)
+@json_option
+@verbose_option
+def command(
+    model: str | None, against: Path | None, samples: str | None, as_json: bool, verbose: bool
+) -> None:
+    """Check a bundle: hash its files, run a picture through it, show its report.
+
+    The report is what the exporter measured. With --against it is measured again, and the command
+    fails when a limit is not kept.
+
+    \b
+    edge-vlm verify ./jina-vlm-bundle
+    edge-vlm verify ./jina-vlm-bundle --against ./jina-vlm
+    """
+    del verbose  # main() looks for it
+    if samples is not None and against is None:
+        raise click.UsageError("--samples is for --against")
+    if against is not None:
+        require_extra("verify --against")
+    from edge_vlm.bundle.checksums import verify
+    from edge_vlm.bundle.find import find_bundle
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.cli.display import Steps
+    from edge_vlm.errors import EdgeVLMError
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.measure.check import check_sanity
+
+    bundle = Bundle.open(find_bundle(model))
+    report, measured = bundle.manifest.report, None
+    with Steps() as steps:
+        verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
+        check_sanity(bundle, MachineSettings.from_environment())
+        if against is not None:
+            from edge_vlm_export.proof.against import measure_bundle
+
+            measured = measure_bundle(bundle, against, samples=samples, progress=steps.show)
+    if as_json:
+        data = {
+            "path": str(bundle.path),
+            "intact": True,
+            "report": _data(report),
+            "measured": _data(measured),
+            "failures": measured.failures if measured else [],
+        }
+        click.echo(json.dumps(data, ensure_ascii=False))
+    else:
+        click.echo(f"{bundle.path}: intact, and it computes")
+        for title, shown in (("as exported", report), ("measured now", measured)):
+            if shown is not None:
+                click.echo(f"\n{title}\n{shown.text()}")
+        if report is None:
+            click.echo("it has no report")
+    if measured and measured.failures:
+        raise EdgeVLMError(" and ".join(measured.failures))
+
+
+def _data(report: Report | None) -> dict[str, object] | None:
+    return report.model_dump() if report else None

@@ -1,0 +1,1 @@
+"""Commands that look at pictures: ask, chat, watch, tiles."""

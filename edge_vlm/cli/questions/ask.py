@@ -1,0 +1,197 @@
+"""``edge-vlm ask``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_vlm.cli.options import (
+    answer_options,
+    hardware_options,
+    image_options,
+    json_option,
+    machine_settings,
+    model_option,
+    no_cache_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.answering.answer import Answer
+    from edge_vlm.machine.settings import MachineSettings
+
+
+@click.command("ask")
+@click.argument("words", nargs=-1, metavar="IMAGE... QUESTION")
+@model_option
+@click.option(
+    "--messages",
+    metavar="FILE.json",
+    help="Answer a whole conversation in OpenAI's form instead ('-' reads stdin); a QUESTION"
+    " continues it.",
+)
+@click.option(
+    "--schema", metavar="FILE.json", help="Answer in JSON that is valid under this JSON Schema."
+)
+@click.option(
+    "--choices",
+    metavar="A,B,...",
+    help="Answer with the likeliest of these; --json and -v give the probability of each.",
+)
+@click.option(
+    "--regex", metavar="PATTERN", help="Answer with a full match of this regular expression."
+)
+@answer_options
+@hardware_options
+@image_options
+@no_cache_option
+@json_option
+@verbose_option
+def command(
+    words: tuple[str, ...],
+    model: str | None,
+    messages: str | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Answer QUESTION about pictures; they come first, the question last.
+
+    '-' reads a picture from stdin. Without a picture the question alone is answered. URLs are not
+    fetched.
+
+    \b
+    edge-vlm ask receipt.jpg "What is the total?"
+    edge-vlm ask before.png after.png "What changed?"
+    edge-vlm ask --json --max-tiles 4 page.png "Summarize this." | jq -r .answer
+    """
+    request = _request(words, messages)
+    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.cli.choose import pick_model
+
+    settings = machine_settings(options)
+    wanted = {name: value for name, value in options.items() if value is not None}
+    if "schema" in wanted:
+        from edge_vlm.forms.json_schema import MAX_SCHEMA_BYTES
+        from edge_vlm.prompt.transcript import read_json
+
+        wanted["schema"] = read_json(wanted["schema"], MAX_SCHEMA_BYTES)
+    if "choices" in wanted:
+        wanted["choices"] = [choice.strip() for choice in wanted["choices"].split(",")]
+    AskOptions(**wanted)  # says what is wrong before a model is loaded
+    request |= wanted
+    answer = _run(pick_model(model), settings, request, echo=not as_json)
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+    elif not sys.stdout.closed:
+        click.echo()
+    if verbose:
+        _report(answer)
+
+
+def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
+    """Arguments for ``EdgeVLM.stream``."""
+    if messages is not None:
+        if len(words) > 1:
+            raise click.UsageError("--messages replaces images and question; give one or the other")
+        from edge_vlm.prompt.transcript import MAX_BYTES, read_json
+
+        talk = read_json(messages, MAX_BYTES)
+        if words:
+            talk = talk.get("messages") if isinstance(talk, dict) else talk
+            following = {"role": "user", "content": words[0]}
+            talk = [*talk, following] if isinstance(talk, list) else talk
+        return {"messages": talk}
+    if not words:
+        raise click.UsageError("no question; see 'edge-vlm ask --help'")
+    *images, question = words
+    if not question.strip():
+        raise click.UsageError("the question is empty")
+    if not images and (question == "-" or Path(question).is_file()):
+        raise click.UsageError(f"no question about {question}; it comes after the picture")
+    if images.count("-") > 1:
+        raise click.UsageError("stdin ('-') can be only one of the pictures")
+    sources: list[Any] = list(images)
+    if "-" in images:
+        from edge_vlm.pictures.image import MAX_FILE_BYTES
+
+        sources[images.index("-")] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    return {"images": sources, "question": question}
+
+
+def _run(
+    model: str | None, settings: MachineSettings, request: dict[str, Any], *, echo: bool
+) -> Answer:
+    from edge_vlm.cli.display import Display
+    from edge_vlm.cli.interrupt import run_interruptibly
+
+    with Display() as display:
+        for kind, event in run_interruptibly(
+            lambda cancel, emit: _work(model, settings, request, cancel, emit)
+        ):
+            if kind == "progress":
+                display.show(event)
+            elif kind == "text":
+                display.hide()
+                if echo:
+                    click.echo(event, nl=False)
+                    sys.stdout.flush()
+            else:
+                answer: Answer = event
+    return answer
+
+
+def _work(
+    model: str | None, settings: MachineSettings, request: dict[str, Any], cancel: Any, emit: Any
+) -> None:
+    from edge_vlm.answering.model import EdgeVLM
+
+    def progress(event: Any) -> None:
+        emit("progress", event)
+
+    with (
+        EdgeVLM.load(model, settings=settings, progress=progress) as vlm,
+        vlm.stream(**request, progress=progress, cancel=cancel) as stream,
+    ):
+        for piece in stream:
+            emit("text", piece)
+        emit("answer", stream.answer)
+
+
+def _report(answer: Answer) -> None:
+    for choice, probability in (answer.choices or {}).items():
+        click.echo(f"{probability:.4f} {choice}", err=True)
+    for image in answer.images:
+        size = f"{image.size[0]}x{image.size[1]}"
+        reduced = ", reduced" if image.reduced else ""
+        click.echo(
+            f"image {size}: used at {image.resized[0]}x{image.resized[1]}{reduced}, tiling"
+            f" {image.tiling[0]}x{image.tiling[1]}, {image.crops} crops",
+            err=True,
+        )
+    times = answer.timings
+    click.echo(
+        f"prompt {answer.prompt_tokens} tokens ({answer.image_tokens} of images),"
+        f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})",
+        err=True,
+    )
+    click.echo(
+        f"cache: {answer.restored_tokens} tokens of the prompt,"
+        f" {answer.cached_crops} of {answer.cached_crops + answer.encoded_crops} crops needed",
+        err=True,
+    )
+    click.echo(
+        f"load {times.load:.2f} s, vision {times.vision:.2f} s,"
+        f" prefill {times.prefill:.2f} s ({times.prefill_tokens_per_second:.0f} tokens/s),"
+        f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s)",
+        err=True,
+    )
+    click.echo(
+        f"KV cache {answer.kv_bytes / 1e6:.1f} MB,"
+        f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
+        err=True,
+    )

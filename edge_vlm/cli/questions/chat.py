@@ -1,0 +1,388 @@
+"""``edge-vlm chat``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_vlm.cli.options import (
+    answer_options,
+    hardware_options,
+    image_options,
+    json_option,
+    machine_settings,
+    model_option,
+    no_cache_option,
+    verbose_option,
+)
+from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
+
+if TYPE_CHECKING:
+    from edge_vlm.answering.answer import Answer
+    from edge_vlm.answering.chat import Chat
+    from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.cli.questions.line_input import LineInput
+    from edge_vlm.machine.settings import MachineSettings
+
+HELP = """\
+/image PATH   add a picture to the next question
+/images       list the pictures
+/undo         take the last question and its answer back
+/retry        answer the last question again
+/save FILE    write the conversation as JSON (OpenAI's messages)
+/load FILE    go on with a conversation from such a file
+/stats        what the last answer took, and how full the context is
+/reset        forget everything
+/quit         leave (so do Ctrl-D, and Ctrl-C twice)
+Ctrl-C stops an answer; what was said of it stays. A question that begins with / takes another /
+in front."""
+COMMANDS = ("/help", *(line.split()[0] for line in HELP.splitlines() if line.startswith("/")))
+
+
+@click.command("chat")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@model_option
+@click.option("--load", metavar="FILE.json", help="Go on with a conversation from a file.")
+@answer_options
+@hardware_options
+@click.option(
+    "--drop-oldest",
+    is_flag=True,
+    help="When the context is full, forget the oldest questions without asking; pictures stay.",
+)
+@click.option("--no-history", is_flag=True, help="Neither read nor write the history of lines.")
+@image_options
+@no_cache_option
+@json_option
+@verbose_option
+def command(
+    images: tuple[str, ...],
+    model: str | None,
+    load: str | None,
+    drop_oldest: bool,
+    no_history: bool,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Talk about pictures: the first question is about the IMAGEs given, /image adds more.
+
+    A follow-up costs only its own tokens. If stdin is not a terminal, each of its lines is a
+    question, and only the answers are written to stdout; --json writes an object for each.
+
+    \b
+    edge-vlm chat receipt.jpg
+    printf 'What is the total?\\nAnd the date?\\n' | edge-vlm chat receipt.jpg
+    """
+    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.cli.choose import pick_model
+    from edge_vlm.cli.questions.line_input import LineInput
+    from edge_vlm.machine.folders import state_folder
+
+    settings = machine_settings(options)
+    wanted = {name: value for name, value in options.items() if value is not None}
+    AskOptions(**wanted)  # says what is wrong before a model is loaded
+    for image in images:
+        _check_picture(image, settings)
+    model = pick_model(model)
+    vlm = _load(model, settings)
+    history = None if no_history else state_folder() / "chat_history"
+    with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
+        session = _Session(chat, lines, settings, list(images), as_json, verbose, drop_oldest)
+        if load:
+            session.load(load)
+        code = session.run()
+    if code:
+        raise SystemExit(code)
+
+
+class _Session:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        lines: LineInput,
+        settings: MachineSettings,
+        waiting: list[Any],
+        as_json: bool,
+        verbose: bool,
+        drop_oldest: bool,
+    ) -> None:
+        self._chat = chat
+        self._lines = lines
+        self._settings = settings
+        self._waiting = waiting  # pictures for the next question
+        self._as_json = as_json
+        self._verbose = verbose
+        self._drop_oldest = drop_oldest
+        self._failed: str | None = None  # the last question, if it was not answered
+        self._last: Answer | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/images": lambda _: self._images(),
+            "/undo": lambda _: self._undo(),
+            "/retry": lambda _: self._retry(),
+            "/save": self._save,
+            "/load": self.load,
+            "/stats": lambda _: self._stats(),
+            "/reset": lambda _: self._reset(),
+            "/help": lambda _: _say(HELP),
+        }
+
+    def run(self) -> int:
+        """Read and answer until the end; the exit code of the last error if nobody saw it."""
+        if self._lines.is_terminal:
+            _say("Ask about the pictures; /help lists the commands, Ctrl-D leaves.")
+        code = 0
+        interrupted = False
+        while True:
+            try:
+                line = self._lines.read()
+            except KeyboardInterrupt:
+                if interrupted or not self._lines.is_terminal:
+                    raise
+                interrupted = True
+                _say("\nCtrl-C again, Ctrl-D or /quit leaves.")
+                continue
+            interrupted = False
+            if line is None or line.split()[:1] == ["/quit"]:
+                return 0 if self._lines.is_terminal else code
+            try:
+                self._obey(line.strip())
+            except Cancelled:
+                _say("stopped before the answer began; /retry asks again")
+            except EdgeVLMError as error:
+                code = error.exit_code
+                self._report_error(error)
+
+    def _obey(self, line: str) -> None:
+        if not line:
+            return
+        if not line.startswith("/") or line.startswith("//"):
+            self._ask(line.removeprefix("/") if line.startswith("//") else line)
+            return
+        name, _, rest = line.partition(" ")
+        if name not in self._commands:
+            raise InputError(f"{name[:40]}: no such command; /help lists them")
+        self._commands[name](rest.strip())
+
+    def _ask(self, question: str) -> None:
+        self._failed = question
+        try:
+            self._turn(lambda **how: self._chat.stream(question, self._waiting, **how))
+        except BudgetError as error:
+            self._make_room(question, error)
+            self._turn(lambda **how: self._chat.stream(question, self._waiting, **how))
+        self._failed = None
+        self._waiting = []
+
+    def _make_room(self, question: str, full: BudgetError) -> None:
+        """Drop the oldest questions if that is wanted and helps.
+
+        Raises:
+            BudgetError: not so.
+        """
+        n = self._chat.n_to_drop(question, self._waiting)
+        if not n:
+            raise full
+        what = "the oldest question and its answer" if n == 1 else f"the {n} oldest questions"
+        _say(f"The context is full: {full}.")
+        if not self._drop_oldest and not self._lines.confirm(f"Forget {what}? The pictures stay."):
+            raise BudgetError(f"the context is full; --drop-oldest forgets {what}") from full
+        self._waiting = [*self._chat.drop_oldest(n), *self._waiting]
+        _say(f"forgot {what}")
+
+    def _retry(self) -> None:
+        if self._failed is not None:
+            self._ask(self._failed)
+        else:
+            self._turn(self._chat.retry)
+
+    def _turn(self, begin: Callable[..., Any]) -> None:
+        from edge_vlm.cli.display import Display
+        from edge_vlm.cli.interrupt import run_interruptibly, stopping
+        from edge_vlm.progress import CancelToken
+
+        cancel = CancelToken()
+
+        def work(_: CancelToken, emit: Callable[[str, Any], None]) -> None:
+            with begin(
+                progress=lambda event: emit("progress", event), cancel=cancel, keep_partial=True
+            ) as stream:
+                for piece in stream:
+                    emit("text", piece)
+                emit("answer", stream.answer)
+
+        wrote = False
+        with Display() as display, stopping(cancel):
+            try:
+                for kind, event in run_interruptibly(work, cancel):
+                    if kind == "progress":
+                        display.show(event)
+                    elif kind == "answer":
+                        self._last = event
+                    elif not self._as_json:
+                        display.hide()
+                        click.echo(event, nl=False)
+                        sys.stdout.flush()
+                        wrote = True
+            finally:
+                if wrote:
+                    click.echo()
+        if self._last:
+            self._report(self._last, wrote)
+
+    def _report(self, answer: Answer, wrote: bool) -> None:
+        if self._as_json:
+            click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+        elif not wrote:
+            click.echo()  # an empty answer is a line too
+        if answer.finish_reason == "cancelled":
+            _say("stopped; /retry answers again, /undo takes the question back")
+        elif answer.finish_reason == "length":
+            _say("the answer was cut: --max-tokens, or the context is full")
+        if self._verbose:
+            self._stats()
+
+    def _report_error(self, error: EdgeVLMError) -> None:
+        message = " ".join(str(error).split())
+        if self._as_json:
+            click.echo(json.dumps({"error": message}, ensure_ascii=False))
+        click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
+
+    def _image(self, name: str) -> None:
+        if not name:
+            raise InputError("/image: which? /image PATH")
+        if name[0] == name[-1] and name[0] in "'\"" and len(name) > 1:
+            name = name[1:-1]
+        path = str(Path(name).expanduser()) if name.startswith("~") else name
+        width, height = _check_picture(path, self._settings)
+        self._waiting.append(path)
+        _say(f"{path} ({width}x{height}) goes with the next question")
+
+    def _images(self) -> None:
+        from edge_vlm.prompt.messages import images_of
+
+        told = [f"{_name(source)}" for source in images_of(self._chat.messages)]
+        told += [f"{_name(source)} (with the next question)" for source in self._waiting]
+        _say("\n".join(f"{i}. {line}" for i, line in enumerate(told, 1)) or "no pictures")
+
+    def _undo(self) -> None:
+        from edge_vlm.prompt.messages import images_of
+
+        taken = self._chat.undo()
+        if not taken:
+            raise InputError("/undo: there is no question to take back")
+        pictures = images_of(taken)
+        self._waiting = [*pictures, *self._waiting]
+        self._failed = None
+        question = next(message.text for message in taken if message.role == "user")
+        kept = "; its pictures go with the next question" if pictures else ""
+        _say(f"took back: {question[:100]}{kept}")
+
+    def _save(self, name: str) -> None:
+        from edge_vlm.prompt.transcript import write_transcript
+
+        if not name:
+            raise InputError("/save: where? /save FILE")
+        if not self._chat.messages:
+            raise InputError("/save: nothing was said yet")
+        write_transcript(Path(name).expanduser(), self._chat.messages)
+        _say(f"saved {len(self._chat.messages)} messages to {name}")
+
+    def load(self, name: str) -> None:
+        """Go on with the conversation in a file."""
+        from edge_vlm.prompt.transcript import MAX_BYTES, read_json
+
+        if not name or name == "-":
+            raise InputError("/load: which file? /load FILE")
+        data = read_json(str(Path(name).expanduser()), MAX_BYTES)
+        messages = data.get("messages") if isinstance(data, dict) else data
+        while isinstance(messages, list) and messages and _role(messages[-1]) == "user":
+            *messages, dropped = messages
+            _say(f"{name}: its last question has no answer and was left out")
+            del dropped
+        self._chat.restart(messages or ())
+        self._failed, self._last = None, None
+        _say(f"loaded {len(self._chat.messages)} messages from {name}")
+
+    def _reset(self) -> None:
+        self._chat.restart()
+        self._waiting, self._failed, self._last = [], None, None
+        _say("forgot everything")
+
+    def _stats(self) -> None:
+        answer = self._last
+        if answer is None:
+            _say("nothing was answered yet")
+            return
+        used = answer.prompt_tokens + len(answer.token_ids)
+        times = answer.timings
+        n_new = answer.prompt_tokens - answer.cached_tokens
+        _say(
+            f"context: {used} tokens, {answer.image_tokens} of {len(answer.images)} pictures;"
+            f" KV cache {answer.kv_bytes / 1e6:.1f} of {self._settings.kv_budget / 1e6:g} MB\n"
+            f"last answer: {n_new} tokens prefilled, {answer.cached_tokens} were cached;"
+            f" {len(answer.token_ids)} generated ({answer.finish_reason})\n"
+            f"vision {times.vision:.2f} s, prefill {times.prefill:.2f} s,"
+            f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s);"
+            f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB"
+        )
+
+
+def _load(model: str | None, settings: MachineSettings) -> EdgeVLM:
+    from edge_vlm.cli.display import Display
+    from edge_vlm.cli.interrupt import run_interruptibly
+
+    def work(_: Any, emit: Callable[[str, Any], None]) -> None:
+        from edge_vlm.answering.model import EdgeVLM
+
+        emit(
+            "model",
+            EdgeVLM.load(model, settings=settings, progress=lambda p: emit("progress", p)),
+        )
+
+    with Display() as display:
+        for kind, event in run_interruptibly(work):
+            if kind == "progress":
+                display.show(event)
+            else:
+                vlm: EdgeVLM = event
+    return vlm
+
+
+def _check_picture(source: str, settings: MachineSettings) -> tuple[int, int]:
+    """Width and height of a picture.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    from edge_vlm.pictures.image import load_image
+
+    pixels = load_image(
+        source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
+    )
+    return pixels.shape[1], pixels.shape[0]
+
+
+def _name(source: Any) -> str:
+    from edge_vlm.machine.folders import label
+
+    if isinstance(source, str) and not source.startswith("data:"):
+        return label(source)
+    return "a picture given as data"
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _say(text: str) -> None:
+    """What is not an answer goes to stderr."""
+    click.echo(text, err=True)

@@ -1,0 +1,171 @@
+"""``edge-vlm watch``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_vlm.cli.options import (
+    answer_options,
+    hardware_options,
+    image_options,
+    machine_settings,
+    model_option,
+    no_cache_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.pictures.frames import Source
+
+
+@click.command("watch")
+@click.argument("question")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Answer for each picture that appears or changes in a folder.",
+)
+@click.option(
+    "--camera",
+    type=click.IntRange(0, 1000),
+    metavar="N",
+    help="Look through a camera; 0 is the first.",
+)
+@click.option(
+    "--command",
+    "program",
+    metavar="COMMAND",
+    help="Run a program, which writes a picture to stdout, for each frame. No shell is used.",
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(0, 86400),
+    default=1.0,
+    metavar="SECONDS",
+    help="Time between two frames, or two looks into the folder (default 1).",
+)
+@click.option("--existing", is_flag=True, help="Begin with the pictures already in the folder.")
+@click.option(
+    "--when-changed", is_flag=True, help="Say nothing about a frame like the last one answered."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 255),
+    default=0.0,
+    metavar="LEVELS",
+    help="Grey levels by which a part of 16x16 pixels may differ and still be like it"
+    " (default 0: no pixel differs). A camera's noise needs 2 or 3.",
+)
+@click.option("--count", type=click.IntRange(1), help="Stop after so many lines.")
+@model_option
+@answer_options
+@hardware_options
+@image_options
+@no_cache_option
+@verbose_option
+def command(
+    question: str,
+    folder: Path | None,
+    camera: int | None,
+    program: str | None,
+    every: float,
+    existing: bool,
+    count: int | None,
+    when_changed: bool,
+    tolerance: float,
+    model: str | None,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Answer QUESTION about each new picture, one line of JSON for each.
+
+    Only tiles that were not in an earlier frame are encoded; answers are those that 'edge-vlm ask'
+    gives. Nothing is kept on disk. Ctrl-C ends it.
+
+    \b
+    edge-vlm watch --dir /srv/door "Is a person to be seen?" | jq -r .answer
+    edge-vlm watch --camera 0 --every 10 --when-changed --tolerance 3 "What changed?"
+    edge-vlm watch --command "grim -t png -" --every 5 "Is there an error message?"
+    """
+    del verbose  # main() looks for it
+    if sum(source is not None for source in (folder, camera, program)) != 1:
+        raise click.UsageError("give one of --dir, --camera and --command")
+    if not question.strip():
+        raise click.UsageError("the question is empty")
+    if existing and folder is None:
+        raise click.UsageError("--existing goes with --dir")
+    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.cli.choose import pick_model
+    from edge_vlm.pictures.frames import Camera, Command, Folder
+
+    settings = dataclasses.replace(machine_settings(options), cache=None)
+    wanted = {name: value for name, value in options.items() if value is not None}
+    AskOptions(**wanted)  # says what is wrong before a model is loaded
+    source: Source
+    if folder is not None:
+        source = Folder(folder, every=every, existing=existing, settings=settings)
+    elif camera is not None:
+        source = Camera(camera, every=every)
+    else:
+        source = Command(str(program), every=every, settings=settings)
+    wanted |= {"when_changed": when_changed, "tolerance": tolerance}
+    _run(pick_model(model), settings, source, question, count, wanted)
+
+
+def _run(
+    model: str | None,
+    settings: MachineSettings,
+    source: Source,
+    question: str,
+    count: int | None,
+    wanted: dict[str, Any],
+) -> None:
+    from edge_vlm.cli.display import Display
+    from edge_vlm.cli.interrupt import run_interruptibly
+
+    with Display() as display:
+        for kind, event in run_interruptibly(
+            lambda cancel, emit: _work(
+                model, settings, source, question, count, wanted, cancel, emit
+            )
+        ):
+            if kind == "progress":
+                display.show(event)
+            else:
+                display.hide()
+                click.echo(json.dumps(event, ensure_ascii=False))
+                sys.stdout.flush()
+
+
+def _work(
+    model: str | None,
+    settings: MachineSettings,
+    source: Source,
+    question: str,
+    count: int | None,
+    wanted: dict[str, Any],
+    cancel: Any,
+    emit: Any,
+) -> None:
+    from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.answering.watch import watch
+
+    def progress(event: Any) -> None:
+        emit("progress", event)
+
+    with EdgeVLM.load(model, settings=settings, progress=progress) as vlm:
+        lines = watch(vlm, source, question, cancel=cancel, progress=progress, **wanted)
+        for number, line in enumerate(lines, 1):
+            emit("line", line)
+            if number == count:
+                lines.close()
+                break

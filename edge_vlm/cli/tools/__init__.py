@@ -1,0 +1,1 @@
+"""Commands about the machine: plan, bench, tune, doctor, completion."""

@@ -1,0 +1,220 @@
+"""``edge-vlm bench``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_vlm.cli.options import (
+    engine_options,
+    json_option,
+    max_tiles_option,
+    model_option,
+    verbose_option,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.machine.settings import MachineSettings
+
+DEFAULT_SIZES = ((640, 480), (2728, 2046))
+_SIZE = re.compile(r"(\d{1,5})[xX](\d{1,5})")
+_ROWS = (  # name, label, unit, divisor
+    ("crops", "crops", "", 1.0),
+    ("image_tokens", "image tokens", "", 1.0),
+    ("load_seconds", "load", "s", 1.0),
+    ("vision_seconds_per_tile", "vision, a tile", "s", 1.0),
+    ("vision_seconds", "vision", "s", 1.0),
+    ("prefill_seconds", "prefill", "s", 1.0),
+    ("prefill_tokens_per_second", "prefill", "tokens/s", 1.0),
+    ("decode_tokens_per_second", "decode", "tokens/s", 1.0),
+    ("first_token_seconds", "first token after", "s", 1.0),
+    ("cold_first_token_seconds", "the same with loading", "s", 1.0),
+    ("total_seconds", "whole answer after", "s", 1.0),
+    ("peak_rss_bytes", "peak memory", "MB", 1e6),
+    ("kv_bytes", "KV cache, allocated", "MB", 1e6),
+    ("kv_bytes_in_use", "KV cache, in use", "MB", 1e6),
+)
+
+
+class PictureSize(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
+    """WxH in pixels."""
+
+    name = "WxH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse text; a pair passes."""
+        if isinstance(value, tuple):
+            return value
+        match = _SIZE.fullmatch(value)
+        if not match or not int(match[1]) or not int(match[2]):
+            self.fail(f"{value!r} is not a size such as 2728x2046", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@click.command("bench")
+@model_option
+@click.option(
+    "--synthetic",
+    metavar="CONFIG",
+    help="Measure random weights of this architecture instead, such as jina-vlm; they are made"
+    " once (minutes) and kept in the cache. Needs the extra 'export'.",
+)
+@click.option(
+    "--recipe", metavar="NAME", help="With --synthetic: how weights are stored (default laptop)."
+)
+@click.option(
+    "--size",
+    "sizes",
+    type=PictureSize(),
+    multiple=True,
+    help="Size of the picture; may be repeated (default 640x480 and 2728x2046).",
+)
+@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2, 4096),
+    default=32,
+    show_default=True,
+    help="Length of the answer.",
+)
+@click.option(
+    "--baseline",
+    is_flag=True,
+    help="Do the same, run by run in turns, with the defaults of llama.cpp and onnxruntime.",
+)
+@click.option(
+    "--baseline-model",
+    metavar="PATH_OR_NAME",
+    help="Bundle for --baseline, for example with vision in fp32; by default the same.",
+)
+@max_tiles_option
+@engine_options
+@json_option
+@verbose_option
+def command(
+    model: str | None,
+    synthetic: str | None,
+    recipe: str | None,
+    sizes: tuple[tuple[int, int], ...],
+    runs: int,
+    tokens: int,
+    baseline: bool,
+    baseline_model: str | None,
+    max_tiles: int | None,
+    as_json: bool,
+    verbose: bool,
+    **engines: Any,
+) -> None:
+    """Measure load, vision, prefill, decode and memory on this machine.
+
+    Each run is a process of its own; shown are medians, and the span of the runs in per cent. The
+    picture is random noise: what is seen does not change how long it takes.
+
+    \b
+    edge-vlm bench
+    edge-vlm bench --size 1920x1080 --residency in-turns
+    edge-vlm bench --synthetic jina-vlm --recipe laptop --baseline
+    """
+    del verbose  # main() looks for it
+    from edge_vlm.bundle.find import find_bundle
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.measure.bench import baseline_variant, bench, own_variant
+
+    if recipe and not synthetic:
+        raise click.UsageError("--recipe goes with --synthetic")
+    if baseline_model and not baseline:
+        raise click.UsageError("--baseline-model goes with --baseline")
+    settings: MachineSettings = MachineSettings.from_environment(**engines)
+    own = _synthetic(synthetic, recipe or "laptop") if synthetic else find_bundle(model)
+    variants = [own_variant(own, settings)]
+    if baseline:
+        other = find_bundle(baseline_model) if baseline_model else own
+        variants.append(baseline_variant(other, settings))
+    with _Runs() as shown:
+        report = bench(
+            variants,
+            sizes or DEFAULT_SIZES,
+            runs=runs,
+            tokens=tokens,
+            max_tiles=max_tiles,
+            progress=shown.show,
+        )
+    if as_json:
+        report["command"] = ["edge-vlm", *sys.argv[1:]]
+        click.echo(json.dumps(report))
+    else:
+        _show(report)
+
+
+def _synthetic(config: str, recipe: str) -> Path:
+    from edge_vlm.cli.display import Steps
+    from edge_vlm.errors import InputError
+
+    try:
+        exporter = importlib.import_module("edge_vlm_export.synthetic.bundle")
+    except ImportError as error:
+        raise InputError("--synthetic needs: pip install 'edge-vlm[export]'") from error
+    with Steps() as steps:
+        found: Path = exporter.cached_synthetic_bundle(config, recipe, progress=steps.show)
+        return found
+
+
+class _Runs:
+    """A bar of runs."""
+
+    def __init__(self) -> None:
+        from edge_vlm.cli.display import Steps
+
+        self._steps = Steps()
+
+    def __enter__(self) -> _Runs:
+        self._steps.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._steps.__exit__(*exc_info)
+
+    def show(self, done: int, total: int) -> None:
+        self._steps.show("measuring", done, total)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from edge_vlm.cli.table import format_table
+
+    machine, results = report["machine"], report["results"]
+    click.echo(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    for name, result in results.items():
+        settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+        precision = result["precision"]
+        click.echo(f"{name}: vision {precision['vision']}, decoder {precision['decoder']}")
+        click.echo(f"  {settings}")
+    sizes = [entry["size"] for entry in next(iter(results.values()))["sizes"]]
+    for index, (width, height) in enumerate(sizes):
+        click.echo()
+        header = [f"{width}x{height}", *results]
+        ratios = report.get("ratios")
+        if ratios:
+            header.append("ratio")
+        rows = []
+        for name, label, unit, divisor in _ROWS:
+            row = [f"{label}{', ' + unit if unit else ''}"]
+            row += [_cell(result["sizes"][index], name, divisor) for result in results.values()]
+            if ratios:
+                row.append(f"{ratios[index][name]:.2f}" if name in ratios[index] else "")
+            rows.append(tuple(row))
+        click.echo(format_table(tuple(header), rows))
+
+
+def _cell(summary: dict[str, Any], name: str, divisor: float) -> str:
+    median = summary["median"][name]
+    text = f"{median / divisor:.4g}"
+    span = summary["max"][name] - summary["min"][name]
+    return f"{text} ±{span / 2 / median:.0%}" if span and median else text

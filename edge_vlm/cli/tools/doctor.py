@@ -1,0 +1,80 @@
+"""``edge-vlm doctor``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_vlm.cli.options import json_option, verbose_option
+
+if TYPE_CHECKING:
+    from edge_vlm.measure.doctor import Report
+
+
+@click.command("doctor")
+@json_option
+@verbose_option
+def command(as_json: bool, verbose: bool) -> None:
+    """Show what this machine is, how the engines were built, and what would make it faster.
+
+    Nothing is changed and nothing leaves the machine. The exit code is 1 when an engine does not
+    load.
+    """
+    from edge_vlm.measure.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        _show(report, verbose)
+    if report.errors:
+        raise SystemExit(1)
+
+
+def _show(report: Report, verbose: bool) -> None:
+    import platform
+
+    from edge_vlm.measure.doctor import instruction_sets
+
+    machine = report.machine
+    limit = f", limited to {machine.cpu_limit:g}" if machine.cpu_limit else ""
+    memory_limit = f", limited to {_gb(machine.memory_limit)}" if machine.memory_limit else ""
+    lines = [
+        ("system", f"{machine.system}, {machine.architecture}, Python {platform.python_version()}"),
+        ("processor", machine.processor),
+        ("instructions", " ".join(instruction_sets(machine)) or "none that the engines use"),
+        (
+            "cores",
+            f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical,"
+            f" {machine.usable_cores} usable{limit}; {report.threads} threads by default",
+        ),
+        (
+            "memory",
+            f"{_gb(machine.memory)}, {_gb(machine.memory_available)} available{memory_limit}",
+        ),
+        ("packages", ", ".join(f"{name} {version}" for name, version in report.packages.items())),
+        ("providers", f"{', '.join(report.providers) or 'none'}"),
+        ("vision", f"on {report.vision_provider}"),
+        ("decoder", "on the GPU" if report.gpu_offload else "on cpu"),
+    ]
+    for backend, features in report.llama_build.items():
+        names = (k if v == "1" else f"{k}={v}" for k, v in features.items() if v != "0")
+        lines.append((f"llama.cpp {backend}", " ".join(names)))
+    if verbose:
+        lines.append(("all features", " ".join(sorted(machine.features))))
+    for label, value in lines:
+        click.echo(f"{label:<14} {value}")
+    for error in report.errors:
+        click.echo(f"\nbroken: {error}")
+    for advice in report.advice:
+        click.echo(f"\n{advice.problem}: {advice.effect}")
+        if advice.command:
+            click.echo(f"  {advice.command}")
+    if not report.advice and not report.errors:
+        click.echo("\nNothing to improve was found.")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

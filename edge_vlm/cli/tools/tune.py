@@ -1,0 +1,93 @@
+"""``edge-vlm tune``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_vlm.cli.options import json_option, model_option, verbose_option
+
+if TYPE_CHECKING:
+    from edge_vlm.planning.tuning import Tuning
+
+
+@click.command("tune")
+@model_option
+@click.option("--show", is_flag=True, help="Show what was found earlier, and measure nothing.")
+@click.option("--reset", is_flag=True, help="Forget what was found earlier.")
+@json_option
+@verbose_option
+def command(model: str | None, show: bool, reset: bool, as_json: bool, verbose: bool) -> None:
+    """Find the settings that are fastest for a model on this machine, and keep them.
+
+    Takes some minutes for a model of full size; close other programs first. The result is used
+    whenever the model is loaded, and by 'edge-vlm plan' to predict seconds. Options and EDGE_VLM_*
+    variables go before it; those that are set now are not varied.
+
+    \b
+    edge-vlm tune
+    edge-vlm tune --show
+    """
+    del verbose  # main() looks for it
+    if show and reset:
+        raise click.UsageError("give either --show or --reset")
+    from edge_vlm.bundle.find import find_bundle
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.planning.tuning import load_tuning, store_tuning, tuning_file
+
+    path = find_bundle(model)
+    manifest = Bundle.open(path).manifest
+    if reset:
+        tuning_file(manifest).unlink(missing_ok=True)
+        return
+    if show:
+        found = load_tuning(manifest)
+        if found is None and not as_json:
+            click.echo("not tuned; 'edge-vlm tune' does it", err=True)
+        _print(found, as_json)
+        return
+    from edge_vlm.cli.display import Steps
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.measure.tune import tune
+
+    with Steps() as steps:
+        tuning = tune(
+            path,
+            MachineSettings.from_environment(),
+            progress=lambda done, total: steps.show("tuning", done, total),
+        )
+    stored = store_tuning(manifest, tuning)
+    _print(tuning, as_json)
+    click.echo(f"kept in {stored}", err=True)
+
+
+def _print(tuning: Tuning | None, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(asdict(tuning) if tuning else None))
+    elif tuning:
+        for label, value in _lines(tuning):
+            click.echo(f"{label:<16} {value}")
+
+
+def _lines(tuning: Tuning) -> list[tuple[str, str]]:
+    from edge_vlm.planning.tuning import setting_words
+
+    speeds = tuning.speeds
+    engines = ", ".join(f"{name} {version}" for name, version in tuning.measured_with.items())
+    return [
+        *setting_words(tuning.settings),
+        ("vision", f"{speeds.vision_seconds_per_tile:.3g} s a tile"),
+        (
+            "prefill",
+            f"{speeds.prefill_tokens_per_second:.4g} tokens/s, {speeds.prefill_tokens} tokens",
+        ),
+        (
+            "decode",
+            f"{speeds.decode_tokens_per_second:.3g} tokens/s behind {speeds.decode_positions}",
+        ),
+        ("load", f"{speeds.load_seconds:.3g} s"),
+        ("measured", f"{tuning.date} with {engines}"),
+    ]

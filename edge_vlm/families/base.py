@@ -1,0 +1,225 @@
+"""What a family of models supplies to the runtime.
+
+A family is a folder beside this file. Its settings are parts of a bundle's manifest; from them and
+a picture's size follow crops and layout, and from the crops' embeddings the rows that stand for the
+picture in the decoder's input. Nothing outside ``families/`` knows more about a model than this.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from edge_vlm.families.parts import Part, SpecialText, TokenId
+from edge_vlm.families.sizes import Decoder, Vision, VisionWork
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # left, top, right, bottom; parts of the picture's sides
+
+
+class ImageProcessor(Part, ABC):
+    """How a picture becomes crops: a family's own settings, and what every family's tell."""
+
+    family: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def crop_shape(self) -> tuple[int, int]:
+        """Of one crop as the vision graph takes it: (n_patches, patch_values)."""
+
+    @property
+    @abstractmethod
+    def tokens_per_crop(self) -> int:
+        """Vectors the vision graph gives for one crop."""
+
+    @property
+    @abstractmethod
+    def tile_hw(self) -> tuple[int, int]:
+        """Pixels of one crop."""
+
+    @property
+    @abstractmethod
+    def max_tiles(self) -> int:
+        """Most crops of a picture besides its overview."""
+
+
+class Tokens(Part):
+    """Token ids with a meaning of their own; a family adds those that its pictures need.
+
+    ``special`` lists every special token by its text: the template may place them, text that a
+    user typed never becomes one.
+    """
+
+    bos: TokenId | None = None  # in front of every prompt
+    stop: tuple[TokenId, ...] = Field(min_length=1, max_length=64)
+    image: TokenId
+    special: dict[SpecialText, TokenId] = Field(max_length=10_000)
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Every id that is named here."""
+        roles = [value for _, value in self if isinstance(value, int)]
+        return (*roles, *self.stop, *self.special.values())
+
+
+class Prompt(Part):
+    """How a conversation is rendered with the chat template inside the GGUF."""
+
+    image_prompt_token: SpecialText
+    normalizer: Literal["NFC"] | None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the template is given besides the messages."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a picture's size alone decides; all sizes are (height, width) in pixels."""
+
+    original_hw: tuple[int, int]
+    resized_hw: tuple[int, int]  # what is seen of it, before it is cut
+    tiling: tuple[int, int]  # rows, columns of the crop grid
+    is_reduced: bool  # whether the model sees fewer pixels than the picture has
+    n_crops: int  # to encode, the overview included
+    n_tokens: int  # positions of the prompt
+    overview_tokens: int  # of them, vectors of the picture as a whole
+    tile_tokens: int  # of them, vectors of its tiles
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The crops of one picture, ready for the vision graph."""
+
+    plan: Layout
+    crops: Float32  # (n_crops, n_patches, patch_values)
+
+    @property
+    def extras(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Other inputs of the graph: (n_crops,) each."""
+        return {}
+
+    @property
+    def feed(self) -> dict[str, npt.NDArray[Any]]:
+        """All inputs of the graph."""
+        return {"crops": self.crops, **self.extras}
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model's sizes, for planning without its weights."""
+
+    processor: ImageProcessor
+    vision: Vision
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; ``runtime`` is what this program uses, None where it has no like."""
+
+    name: str
+    unit: str
+    published: float
+    computed: float
+    runtime: float | None
+
+    @property
+    def deviation(self) -> float:
+        """Of the computed from the published value, as a fraction."""
+        return self.computed / self.published - 1
+
+
+class Family(ABC):
+    """One family; there is a single object of each."""
+
+    name: ClassVar[str]
+    processor: ClassVar[type[ImageProcessor]]
+    tokens: ClassVar[type[Tokens]]
+    prompt: ClassVar[type[Prompt]]
+    # Rows of the decoder's input that no crop decides; the graph gives them as marker_embeddings.
+    n_markers: ClassVar[int] = 0
+    # Inputs of the graph besides crops, one value a crop.
+    extras: ClassVar[Mapping[str, type[np.generic]]] = {}
+
+    @abstractmethod
+    def layout(self, width: int, height: int, processor: Any) -> Layout:
+        """Plan a picture of ``width`` x ``height`` pixels.
+
+        Raises:
+            ImageError: the family takes no picture of this shape.
+        """
+
+    @abstractmethod
+    def cut(self, pixels: UInt8, processor: Any) -> Tiles:
+        """Resize and cut a picture (height, width, 3).
+
+        Raises:
+            ImageError: as ``layout``.
+        """
+
+    @abstractmethod
+    def rows(self, embeddings: Float32, markers: Float32, plan: Any, processor: Any) -> Float32:
+        """The decoder's input for a picture's whole block, in order.
+
+        Args:
+            embeddings: (n_crops, tokens_per_crop, hidden_size).
+            markers: (n_markers, hidden_size).
+            plan: the picture's layout.
+            processor: what it was planned with.
+
+        Returns:
+            (n_tokens, hidden_size) float32.
+        """
+
+    @abstractmethod
+    def block(self, plan: Any, processor: Any, tokens: Any) -> Int32:
+        """The ids that stand for those rows in the published implementation: (n_tokens,)."""
+
+    @abstractmethod
+    def limited(self, processor: Any, max_tiles: int) -> Any:
+        """The same image processor with at most ``max_tiles`` crops besides the overview."""
+
+    def beside(self, processor: Any, n_pictures: int) -> Any:
+        """The image processor for a conversation of ``n_pictures`` pictures.
+
+        One that differs from that of fewer pictures changes the blocks of those already there.
+        """
+        del n_pictures
+        return processor
+
+    @abstractmethod
+    def photo_pixels(self, processor: Any) -> int:
+        """Pixels of a photo that is larger than what the model sees of it."""
+
+    @abstractmethod
+    def boxes(self, plan: Any, processor: Any) -> Iterator[tuple[Box, Box, int]]:
+        """Each tile in reading order: its extent, the part whose vectors are used, their number.
+
+        The used parts cover the picture without overlap.
+        """
+
+    @abstractmethod
+    def work(self, processor: Any, vision: Vision) -> VisionWork:
+        """What one crop costs in the vision graph."""
+
+    @abstractmethod
+    def released(self) -> Mapping[str, Released]:
+        """Released models by name, in float16 or as published."""
+
+    def published(self) -> Sequence[Figure]:
+        """The efficiency table of the family's paper, computed again; empty if it has none."""
+        return ()
+
+    def inputs(self, crops: Float32) -> dict[str, npt.NDArray[Any]]:
+        """Inputs of the graph for crops that are no picture's, to measure with."""
+        zeros = {name: np.zeros(len(crops), kind) for name, kind in self.extras.items()}
+        return {"crops": crops, **zeros}

@@ -1,0 +1,83 @@
+"""jina-vlm for the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from edge_vlm.families.base import Box, Family, Figure, Float32, Int32, Released, UInt8
+from edge_vlm.families.jina_vlm import released, tiling
+from edge_vlm.families.jina_vlm.cost import vision_work
+from edge_vlm.families.jina_vlm.paper import efficiency_table
+from edge_vlm.families.jina_vlm.processor import JinaImageProcessor, JinaPrompt, JinaTokens
+from edge_vlm.families.jina_vlm.stitch import stitch
+from edge_vlm.families.jina_vlm.tiling import JinaTiles, TilingPlan
+from edge_vlm.families.sizes import Vision, VisionWork
+
+PHOTO = 12  # times as many pixels as the model takes: 12 megapixels for the released one
+
+
+class JinaVLM(Family):
+    """Overlapping tiles and a thumbnail, SigLIP2, attention pooling, Qwen3."""
+
+    name = "jina-vlm"
+    processor = JinaImageProcessor
+    tokens = JinaTokens
+    prompt = JinaPrompt
+    n_markers = 3  # <im_start>, <im_col>, <im_end>
+    extras: ClassVar[Mapping[str, type[np.generic]]] = {"is_last": np.bool_}
+
+    def layout(self, width: int, height: int, processor: JinaImageProcessor) -> TilingPlan:
+        """See ``tiling.plan_tiling``."""
+        return tiling.plan_tiling(height, width, processor)
+
+    def cut(self, pixels: UInt8, processor: JinaImageProcessor) -> JinaTiles:
+        """See ``tiling.cut_tiles``."""
+        return tiling.cut_tiles(pixels, processor)
+
+    def rows(
+        self,
+        embeddings: Float32,
+        markers: Float32,
+        plan: TilingPlan,
+        processor: JinaImageProcessor,
+    ) -> Float32:
+        """See ``stitch``."""
+        return stitch(embeddings, markers, plan, processor)
+
+    def block(self, plan: TilingPlan, processor: JinaImageProcessor, tokens: JinaTokens) -> Int32:
+        """See ``tiling.token_block``."""
+        ids = {"s": tokens.im_start, "p": tokens.im_patch, "c": tokens.im_col, "e": tokens.im_end}
+        return np.array([ids[code] for code in tiling.token_block(plan, processor)], np.int32)
+
+    def limited(self, processor: JinaImageProcessor, max_tiles: int) -> JinaImageProcessor:
+        """At most so many crops besides the thumbnail."""
+        return processor.model_copy(update={"max_crops": max_tiles})
+
+    def photo_pixels(self, processor: JinaImageProcessor) -> int:
+        """Twelve times what the first resize leaves."""
+        return PHOTO * processor.max_pixels
+
+    def boxes(
+        self, plan: TilingPlan, processor: JinaImageProcessor
+    ) -> Iterator[tuple[Box, Box, int]]:
+        """See ``tiling.tile_boxes``."""
+        return tiling.tile_boxes(plan, processor)
+
+    def work(self, processor: JinaImageProcessor, vision: Vision) -> VisionWork:
+        """See ``cost.vision_work``."""
+        return vision_work(processor, vision)
+
+    def released(self) -> Mapping[str, Released]:
+        """The one that is published."""
+        sizes = Released(released.IMAGE_PROCESSOR, released.VISION, released.DECODER)
+        return {released.NAME: sizes}
+
+    def published(self) -> Sequence[Figure]:
+        """See ``paper``."""
+        return efficiency_table()
+
+
+FAMILY = JinaVLM()

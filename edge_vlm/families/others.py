@@ -1,0 +1,233 @@
+"""Models that are compared with: what each makes of a picture's size.
+
+Each has one small function that counts what its image processor gives. They follow the processors'
+published code, named at each function, and were written anew here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from edge_vlm.families.sizes import Decoder
+
+Size = tuple[int, int]  # width, height, in pixels, tiles or patches
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a picture becomes: decoder positions, and vectors that only cross-attention reads."""
+
+    positions: int
+    cross_states: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens as they are usually quoted."""
+        return self.cross_states or self.positions
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """One model to compare with."""
+
+    name: str
+    decoder: Decoder  # all blocks, those with cross-attention included
+    vision_parameters: float
+    rule: Callable[[int, int], Usage]
+    cross_layers: int = 0
+
+
+def llava_15(width: int, height: int) -> Usage:
+    """24 x 24 patches, always. Source: Liu et al. 2023 (arXiv 2310.03744), CLIP ViT-L/14 at 336."""
+    del width, height
+    return Usage(24 * 24)
+
+
+def llava_next(width: int, height: int) -> Usage:
+    """A base view and up to 4 tiles of 336, padding cut off, a newline vector a row.
+
+    Source: transformers, models/llava_next (image grid points and pack_image_features).
+    """
+    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    columns, rows = _unpadded((width, height), _best_grid((width, height), grids, 336), 24)
+    return Usage(24 * 24 + rows * (columns + 1))
+
+
+def llava_onevision(width: int, height: int) -> Usage:
+    """A base view and up to 36 tiles of 384, whose vectors are reduced to those of nine.
+
+    Source: transformers, models/llava_onevision (anyres_max_9, SigLIP with 27 x 27 patches).
+    """
+    grids = [(columns, rows) for columns in range(1, 7) for rows in range(1, 7)]
+    columns, rows = _unpadded((width, height), _best_grid((width, height), grids, 384), 27)
+    excess = math.sqrt(columns * rows / (9 * 27**2))
+    if excess > 1.1:
+        columns, rows = int(columns // excess), int(rows // excess)
+    return Usage(27 * 27 + rows * (columns + 1))
+
+
+def llama_32_vision(width: int, height: int) -> Usage:
+    """Up to 4 tiles of 560, 1,601 vectors each, read by cross-attention; one position.
+
+    Source: transformers, models/mllama (get_optimal_tiled_canvas); padding tiles not counted.
+    """
+    tile, most = 560, 4
+    grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
+    scales = {grid: min(grid[0] * tile / width, grid[1] * tile / height) for grid in grids}
+    enlarging = [scale for scale in scales.values() if scale >= 1]
+    chosen = min(enlarging) if enlarging else max(scales.values())
+    tiles = min(c * r for (c, r), scale in scales.items() if scale == chosen)
+    return Usage(1, tiles * ((tile // 14) ** 2 + 1))
+
+
+def qwen_25_vl(width: int, height: int) -> Usage:
+    """A vector for each 28 x 28 pixels, up to 16,384, and two markers.
+
+    Source: transformers, models/qwen2_vl (smart_resize); min and max_pixels of
+    Qwen2.5-VL-7B-Instruct's preprocessor_config.json.
+    """
+    side, least, most = 28, 56 * 56, 16384 * 28 * 28
+    columns, rows = round(width / side), round(height / side)
+    if columns * rows * side**2 > most:
+        shrink = math.sqrt(width * height / most)
+        columns = max(1, math.floor(width / shrink / side))
+        rows = max(1, math.floor(height / shrink / side))
+    elif columns * rows * side**2 < least:
+        grow = math.sqrt(least / (width * height))
+        columns, rows = math.ceil(width * grow / side), math.ceil(height * grow / side)
+    return Usage(columns * rows + 2)
+
+
+def pixtral(width: int, height: int) -> Usage:
+    """Patches of 16, the longer side at most 1,024, a break or end token a row.
+
+    Source: mistral-common, tokens/tokenizers/image.py.
+    """
+    shrink = max(width / 1024, height / 1024, 1)
+    columns = (max(1, round(width / shrink)) - 1) // 16 + 1
+    rows = (max(1, round(height / shrink)) - 1) // 16 + 1
+    return Usage(rows * (columns + 1))
+
+
+def internvl_25(width: int, height: int) -> Usage:
+    """Up to 12 tiles of 448 at 256 vectors, a thumbnail when there are several, two markers.
+
+    Source: OpenGVLab/InternVL2_5-8B, model card (dynamic_preprocess with max_num 12).
+    """
+    columns, rows = _closest_ratio((width, height), 12, 448)
+    tiles = columns * rows
+    return Usage(256 * (tiles + (tiles > 1)) + 2)
+
+
+def phi_4_multimodal(width: int, height: int) -> Usage:
+    """A global view and up to 36 tiles of 448, padding masked, a separator a row.
+
+    Source: transformers, models/phi4_multimodal (dynamic_preprocess and num_img_tokens).
+    """
+    tile, patch, most = 448, 14, 36
+    columns, rows = math.ceil(width / tile), math.ceil(height / tile)
+    if columns * rows > most:
+        columns, rows = _closest_ratio((width, height), most, tile)
+    scale = min(columns * tile / width, rows * tile / height)
+    # Whole patches of padding are masked; every second patch is a vector.
+    kept = [
+        math.ceil((n * tile // patch - max(0, n * tile - int(side * scale)) // patch) / 2)
+        for n, side in ((columns, width), (rows, height))
+    ]
+    return Usage(256 + 1 + kept[0] * kept[1] + kept[1] + 16)
+
+
+def _best_grid(size: Size, grids: Iterable[Size], tile: int) -> Size:
+    """The grid that keeps most of the picture's pixels, then wastes the fewest of its own."""
+
+    def fit(grid: Size) -> tuple[int, int]:
+        width, height = grid[0] * tile, grid[1] * tile
+        scale = min(width / size[0], height / size[1])
+        used = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return used, used - width * height
+
+    return max(grids, key=fit)
+
+
+def _unpadded(size: Size, grid: Size, patches: int) -> Size:
+    """Patches of a grid without the rows or columns that only hold padding."""
+    columns, rows = grid[0] * patches, grid[1] * patches
+    if size[0] * rows > columns * size[1]:
+        rows -= (rows - int(round(size[1] * (columns / size[0]), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(size[0] * (rows / size[1]), 7))) // 2 * 2
+    return columns, rows
+
+
+def _closest_ratio(size: Size, most: int, tile: int) -> Size:
+    """The tiling whose aspect ratio is nearest; of equal ones the largest the picture fills."""
+    grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
+    best, best_distance = (1, 1), math.inf
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(size[0] / size[1] - columns / rows)
+        filled = size[0] * size[1] > 0.5 * tile**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and filled):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def _decoder(
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    *,
+    tied: bool = False,
+) -> Decoder:
+    """A decoder from its config.json; all of these have heads of 128."""
+    return Decoder(
+        precision="q4_k_m",
+        n_layers=layers,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=128,
+        vocab_size=vocabulary,
+        additional_vocab_size=0,
+        max_sequence_length=1 << 17,
+        tied_head=tied,
+    )
+
+
+# Geometry from each model's config.json on Hugging Face; parameters of the vision part with its
+# projector from the model cards.
+OTHER_MODELS = (
+    OtherModel("LLaVA-1.5 13B", _decoder(40, 5120, 13824, 40, 40, 32064), 0.336e9, llava_15),
+    OtherModel("LLaVA-NeXT 7B", _decoder(32, 4096, 14336, 32, 8, 32064), 0.325e9, llava_next),
+    OtherModel(
+        "LLaVA-OneVision 7B", _decoder(28, 3584, 18944, 28, 4, 152000), 0.415e9, llava_onevision
+    ),
+    OtherModel(
+        "Llama 3.2 Vision 11B",
+        _decoder(40, 4096, 14336, 32, 8, 128256),
+        0.9e9,
+        llama_32_vision,
+        cross_layers=8,
+    ),
+    OtherModel(
+        "Llama 3.2 Vision 90B",
+        _decoder(100, 8192, 28672, 64, 8, 128256),
+        0.93e9,
+        llama_32_vision,
+        cross_layers=20,
+    ),
+    OtherModel("Qwen2.5-VL 7B", _decoder(28, 3584, 18944, 28, 4, 152064), 0.676e9, qwen_25_vl),
+    OtherModel("Pixtral 12B", _decoder(40, 5120, 14336, 32, 8, 131072), 0.435e9, pixtral),
+    OtherModel("InternVL2.5 8B", _decoder(32, 4096, 14336, 32, 8, 92553), 0.338e9, internvl_25),
+    OtherModel(
+        "Phi-4-Multimodal",
+        _decoder(32, 3072, 8192, 24, 8, 200064, tied=True),
+        0.441e9,
+        phi_4_multimodal,
+    ),
+)

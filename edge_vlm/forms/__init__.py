@@ -1,0 +1,1 @@
+"""Shapes that an answer may have."""

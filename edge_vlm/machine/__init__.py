@@ -1,0 +1,1 @@
+"""What this computer gives: settings, hardware, memory, folders, files that last."""

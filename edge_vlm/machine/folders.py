@@ -1,0 +1,56 @@
+"""Where files are kept: the cache, settings, what a program remembers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+APP = "edge-vlm"
+CACHE_OFF = ("", "off")
+WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
+
+
+def label(path: str | os.PathLike[str]) -> str:
+    """A path for a message of one line."""
+    name = os.fspath(path)
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    return name if name.isprintable() else repr(name)
+
+
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """``EDGE_VLM_CACHE``, else the platform's folder for caches."""
+    environment = os.environ if environment is None else environment
+    folder = environment.get("EDGE_VLM_CACHE", "")
+    if folder.lower() not in CACHE_OFF:
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir(APP))
+
+
+def pictures_cache(environment: Mapping[str, str] | None = None) -> Path | None:
+    """Where to cache what is computed from pictures: ``cache_folder``, or nowhere if
+    ``EDGE_VLM_CACHE`` is empty or ``off``.
+    """
+    environment = os.environ if environment is None else environment
+    if environment.get("EDGE_VLM_CACHE", "on").lower() in CACHE_OFF:
+        return None
+    return cache_folder(environment)
+
+
+def config_folder() -> Path:
+    """``EDGE_VLM_CONFIG``, else the platform's folder for settings."""
+    if folder := os.environ.get("EDGE_VLM_CONFIG"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir(APP))
+
+
+def state_folder() -> Path:
+    """The platform's folder for what a program remembers."""
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir(APP))

@@ -1,0 +1,239 @@
+"""A child process that measures: ``bench`` and ``tune`` talk to it in lines of JSON.
+
+A process of its own has a peak of memory of its own, and libgomp reads how patient its threads
+are only when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import IO, Any
+
+from edge_vlm.errors import EdgeVLMError
+
+QUESTION = "What is in this picture?"
+
+
+class Worker:
+    """The child process, seen from the parent.
+
+    ``with Worker() as worker: worker.call("answer", model=..., ...)``
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edge_vlm.measure.measurements"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def call(self, task: str, **request: Any) -> dict[str, Any]:
+        """Run a task of this module.
+
+        Raises:
+            EdgeVLMError: it failed, or the process died.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise EdgeVLMError("the measuring process has no pipes")
+        try:
+            stdin.write(json.dumps({"task": task, **request}) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise EdgeVLMError(f"the measuring process ended with code {code}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EdgeVLMError(str(answer["error"]))
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class _Measurements:
+    """The child's side. What was loaded stays until a request needs it otherwise."""
+
+    def __init__(self) -> None:
+        self._decoder: tuple[Any, Any] = (None, None)
+        self._tower: tuple[Any, Any] = (None, None)
+
+    def answer(
+        self,
+        *,
+        model: str,
+        settings: dict[str, Any],
+        size: tuple[int, int],
+        tokens: int,
+        max_tiles: int | None = None,
+    ) -> dict[str, Any]:
+        """Load a model and answer one question about a random picture of ``size``."""
+        import numpy as np
+
+        from edge_vlm.answering.chat import Chat
+        from edge_vlm.answering.conversation import Conversation
+        from edge_vlm.answering.model import EdgeVLM
+        from edge_vlm.machine.memory import peak_rss_bytes
+        from edge_vlm.machine.settings import MachineSettings
+
+        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        started = time.perf_counter()
+        vlm = EdgeVLM.load(model, settings=MachineSettings(**settings).without_cache())
+        engine = vlm._loaded()
+        # A stop token, which a random model may give at any time, does not stop.
+        endless = engine.manifest.model_copy(
+            update={"tokens": engine.manifest.tokens.model_copy(update={"stop": ()})}
+        )
+        conversation = Conversation(replace(engine, manifest=endless))
+        decoded: list[float] = []
+
+        def progress(event: Any) -> None:
+            if event.stage == "decode":
+                decoded.append(time.perf_counter())
+
+        options: dict[str, Any] = {"max_tokens": tokens, "temperature": 0}
+        asked = time.perf_counter()
+        with Chat(conversation, options) as chat:
+            answer = chat.ask(QUESTION, [pixels], progress=progress, max_tiles=max_tiles)
+            context = conversation._context
+            held, positions = (context.state_bytes, context.n_positions) if context else (0, 0)
+        times = answer.timings
+        later = engine.vision.load_seconds + engine.decoder.load_seconds  # while asking
+        n_crops = answer.images[0].crops
+        return {
+            "crops": n_crops,
+            "image_tokens": answer.image_tokens,
+            "prompt_tokens": answer.prompt_tokens,
+            "load_seconds": times.load,
+            "vision_seconds": times.vision,
+            "vision_seconds_per_tile": times.vision / n_crops,
+            "prefill_seconds": times.prefill,
+            "prefill_tokens_per_second": times.prefill_tokens_per_second,
+            "decode_tokens_per_second": (len(decoded) - 1) / (decoded[-1] - decoded[0]),
+            "first_token_seconds": decoded[0] - asked - later,
+            "cold_first_token_seconds": decoded[0] - started,
+            "total_seconds": decoded[-1] - asked - later,
+            "kv_bytes": answer.kv_bytes,
+            "kv_positions": positions,
+            "kv_bytes_in_use": held,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def decoder(
+        self, *, model: str, engines: dict[str, Any], kv_type: str, prompt: int, answer: int
+    ) -> dict[str, float]:
+        """Seconds to prefill ``prompt`` positions and to decode ``answer`` tokens behind them."""
+        import gc
+
+        from edge_vlm.bundle.manifest import Bundle
+        from edge_vlm.decoder.decoder import Decoder
+        from edge_vlm.machine.engine_settings import EngineSettings
+
+        key = [model, kv_type, engines["repack"], engines["mmap"]]
+        fresh = key != self._decoder[0]
+        if fresh:
+            self._decoder = (None, None)
+            gc.collect()
+            decoder = Decoder(Bundle.open(model), EngineSettings(**engines), kv_type=kv_type)
+            self._decoder = (key, decoder)
+        decoder = self._decoder[1]
+        decoder.use(EngineSettings(**engines))
+        n_ids = decoder.n_ids
+        ids = [(7 + 13 * i) % (n_ids - 256) for i in range(prompt)]
+        with decoder.working(), decoder.context(prompt + answer) as context:
+            if fresh:
+                context.append_tokens(ids[:8], logits=True)  # the weights' first use
+                context.truncate(0)
+            started = time.perf_counter()
+            context.append_tokens(ids, logits=True)
+            context.settle()
+            prefilled = time.perf_counter()
+            for index in range(answer):
+                context.append_tokens([ids[index % prompt]], logits=True)
+            ended = time.perf_counter()
+        return {"prefill": prefilled - started, "decode": ended - prefilled}
+
+    def vision(self, *, model: str, engines: dict[str, Any], crops: int) -> dict[str, float]:
+        """Seconds to encode ``crops`` random tiles."""
+        import numpy as np
+
+        from edge_vlm.bundle.manifest import Bundle
+        from edge_vlm.families.registry import family_of
+        from edge_vlm.machine.engine_settings import EngineSettings
+        from edge_vlm.pictures.tower import VisionTower
+
+        fresh = [model, engines] != self._tower[0]
+        if fresh:
+            self._tower = (None, None)
+            tower = VisionTower(Bundle.open(model), EngineSettings(**engines))
+            self._tower = ([model, engines], tower)
+        tower = self._tower[1]
+        processor = Bundle.open(model).manifest.image_processor
+        shape = (crops, *processor.crop_shape)
+        pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+        feed = family_of(processor).inputs(pixels)
+        if fresh:
+            first = range(min(crops, tower.crops_at_once))
+            list(tower.encode_parts(feed, first))  # memory is laid out in the first run
+        started = time.perf_counter()
+        list(tower.encode_parts(feed))
+        return {"vision": time.perf_counter() - started}
+
+    def load(self, *, model: str, engines: dict[str, Any]) -> dict[str, float]:
+        """Seconds from the start of the process to a loaded model, vision tower included."""
+        import psutil
+
+        from edge_vlm.answering.model import EdgeVLM
+        from edge_vlm.machine.settings import MachineSettings
+
+        settings = MachineSettings(**engines, residency="together").without_cache()
+        with EdgeVLM.load(model, settings=settings) as vlm:
+            vlm._loaded().vision.load()
+            return {"load": time.time() - psutil.Process().create_time()}
+
+
+def main() -> None:
+    """Answer requests from stdin until it ends."""
+    with _stdout_for_answers() as answers:
+        measurements = _Measurements()
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                found = getattr(measurements, request.pop("task"))(**request)
+            except EdgeVLMError as error:
+                found = {"error": str(error)}
+            except MemoryError:
+                found = {"error": "not enough memory"}
+            answers.write(json.dumps(found) + "\n")
+            answers.flush()
+
+
+@contextlib.contextmanager
+def _stdout_for_answers() -> Iterator[IO[str]]:
+    """The real stdout; what an engine might print goes elsewhere."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield answers
+    finally:
+        sys.stdout = answers
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

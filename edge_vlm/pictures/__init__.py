@@ -1,0 +1,1 @@
+"""From a file to embeddings: pixels, crops, the vision tower, tiles seen before."""

@@ -1,0 +1,316 @@
+"""Pictures that keep coming: from a folder, a camera or a command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.errors import ImageError, InputError
+from edge_vlm.machine.folders import label
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.pictures.image import EXTRA_FORMATS, FORMATS, MAX_FILE_BYTES, load_image
+from edge_vlm.progress import CancelToken
+
+COMMAND_SECONDS = 30.0
+
+
+SETTLE_SECONDS = 0.3  # a file that did not change for so long is taken as written
+
+
+BROKEN_SECONDS = 5.0  # one that cannot be read may still be written for so long
+
+
+_POLL_SECONDS = 0.1
+
+
+_CAMERA_QUEUE = 5  # frames that a driver may have waiting
+
+
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+}
+
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture, or why there is none."""
+
+    source: str
+    pixels: UInt8 | None = None  # (height, width, 3)
+    error: str | None = None
+
+
+class Pause:
+    """Waits that a cancel token ends."""
+
+    def __init__(self, cancel: CancelToken) -> None:
+        self._cancel = cancel
+        self._event = threading.Event()
+        cancel.listen(self._event.set)
+
+    def wait(self, seconds: float) -> None:
+        """Wait, or raise ``Cancelled``."""
+        deadline = time.monotonic() + seconds
+        self._cancel.check()
+        # In short steps: on Windows, a wait holds back Ctrl-C.
+        while (left := deadline - time.monotonic()) > 0:
+            self._event.wait(min(left, _POLL_SECONDS))
+            self._cancel.check()
+
+
+class Folder:
+    """New and changed pictures in a folder, the oldest first.
+
+    A file counts as written when its size and time stay the same for a moment and it can be read.
+
+    Args:
+        path: the folder; what is in folders below it is not looked at.
+        every: seconds between two looks.
+        existing: whether pictures that are there at the beginning count as new.
+        settings: limits for pictures.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+
+    def __init__(
+        self, path: Path, *, every: float, existing: bool, settings: MachineSettings
+    ) -> None:
+        if not path.is_dir():
+            raise InputError(f"{label(path)}: no such folder")
+        self._path = path
+        self._every = max(every, _POLL_SECONDS)
+        self._settings = settings
+        formats = {name.upper() for name in settings.image_formats} & set(EXTRA_FORMATS)
+        self._suffixes = {suffix for name in {*FORMATS, *formats} for suffix in _SUFFIXES[name]}
+        self._done = {} if existing else self._stamps()  # the state in which each was answered
+
+    def frames(self, pause: Pause) -> Iterator[Frame]:
+        """Pictures without end.
+
+        Raises:
+            InputError: the folder is gone.
+            Cancelled: stopping was asked for.
+        """
+        first_seen: dict[Path, tuple[tuple[int, ...], float]] = {}
+        while True:
+            stamps = self._stamps()
+            self._done = {path: was for path, was in self._done.items() if path in stamps}
+            waiting = False
+            for path, stamp in sorted(stamps.items(), key=lambda item: item[1]):
+                if self._done.get(path) == stamp:
+                    continue
+                now = time.monotonic()
+                seen, since = first_seen.get(path, (None, now))
+                if seen != stamp:
+                    first_seen[path] = (stamp, now)
+                    waiting = True
+                    continue
+                if now - since < SETTLE_SECONDS:
+                    waiting = True
+                    continue
+                frame = _load(str(path), path, self._settings)
+                if frame.error and now - since < BROKEN_SECONDS:
+                    continue
+                self._done[path] = stamp
+                first_seen.pop(path, None)
+                yield frame
+            pause.wait(min(self._every, SETTLE_SECONDS) if waiting else self._every)
+
+    def _stamps(self) -> dict[Path, tuple[int, ...]]:
+        """Modification time, size and inode of each picture."""
+        found: dict[Path, tuple[int, ...]] = {}
+        try:
+            with os.scandir(self._path) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    if path.suffix.lower() not in self._suffixes or entry.name.startswith("."):
+                        continue
+                    try:
+                        info = path.stat()
+                    except OSError:  # it was removed, or is a link to nothing
+                        continue
+                    if stat.S_ISREG(info.st_mode):
+                        found[path] = (info.st_mtime_ns, info.st_size, info.st_ino)
+        except OSError as error:
+            raise InputError(f"{label(self._path)}: {error.strerror or error}") from error
+        return found
+
+
+class Command:
+    """The pictures that a command writes to stdout, one a run.
+
+    Args:
+        line: program and arguments, split as a shell would; no shell runs.
+        every: seconds from the beginning of one run to that of the next.
+        settings: limits for pictures.
+        seconds: after which a run is ended.
+
+    Raises:
+        InputError: there is no such program.
+    """
+
+    def __init__(
+        self,
+        line: str,
+        *,
+        every: float,
+        settings: MachineSettings,
+        seconds: float = COMMAND_SECONDS,
+    ) -> None:
+        try:
+            self._arguments = shlex.split(line, posix=os.name == "posix")
+        except ValueError as error:
+            raise InputError(f"--command: {error}") from error
+        if not self._arguments or shutil.which(self._arguments[0]) is None:
+            raise InputError(f"--command: there is no program {line.split(' ')[0]!r}")
+        self._source = label(self._arguments[0])
+        self._every = every
+        self._settings = settings
+        self._seconds = seconds
+
+    def frames(self, pause: Pause) -> Iterator[Frame]:
+        """Pictures without end.
+
+        Raises:
+            Cancelled: stopping was asked for.
+        """
+        while True:
+            started = time.monotonic()
+            try:
+                data = self._run(pause)
+            except ImageError as error:
+                yield Frame(self._source, error=str(error))
+            else:
+                yield _load(self._source, data, self._settings)
+            pause.wait(self._every - (time.monotonic() - started))
+
+    def _run(self, pause: Pause) -> bytes:
+        name = self._source
+        try:
+            process = subprocess.Popen(  # noqa: S603 - the user's own command, without a shell
+                self._arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+        except OSError as error:
+            raise ImageError(f"{name}: {error.strerror or error}") from error
+        found: list[bytes] = []
+
+        def read() -> None:
+            if process.stdout:
+                found.append(process.stdout.read(MAX_FILE_BYTES + 1))
+                process.stdout.close()
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        deadline = time.monotonic() + self._seconds
+        try:
+            while reader.is_alive() or (process.poll() is None and not _too_large(found)):
+                if time.monotonic() > deadline:
+                    raise ImageError(f"{name}: did not end within {self._seconds:g} s")
+                reader.join(_POLL_SECONDS / 10)
+                pause.wait(0)
+        finally:
+            _end(process)
+            reader.join()
+        if _too_large(found):
+            raise ImageError(f"{name}: wrote more than {MAX_FILE_BYTES >> 20} MiB")
+        if process.returncode:
+            raise ImageError(f"{name}: ended with code {process.returncode}")
+        return found[0]
+
+
+class Camera:
+    """Frames of a camera, through OpenCV.
+
+    Args:
+        number: the camera's; 0 is the first.
+        every: seconds from one frame to the next.
+
+    Raises:
+        InputError: OpenCV is not installed, or there is no such camera.
+    """
+
+    def __init__(self, number: int, *, every: float) -> None:
+        try:
+            import cv2
+        except ImportError as error:
+            raise InputError("a camera needs OpenCV: pip install 'edge-vlm[camera]'") from error
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        self._source = f"camera {number}"
+        self._every = every
+        self._capture = cv2.VideoCapture(number)
+        if not self._capture.isOpened():
+            raise InputError(f"{self._source}: there is none, or another program uses it")
+
+    def frames(self, pause: Pause) -> Iterator[Frame]:
+        """Frames without end, each as it is when it is asked for.
+
+        Raises:
+            InputError: the camera gives no more.
+            Cancelled: stopping was asked for.
+        """
+        try:
+            while True:
+                started = time.monotonic()
+                pause.wait(0)
+                for _ in range(_CAMERA_QUEUE):  # the driver's queue holds what was seen before
+                    self._capture.grab()
+                good, bgr = self._capture.retrieve()
+                if not good:
+                    raise InputError(f"{self._source}: gives no picture any more")
+                yield Frame(self._source, np.ascontiguousarray(bgr[..., ::-1]))
+                pause.wait(self._every - (time.monotonic() - started))
+        finally:
+            self._capture.release()
+
+
+Source = Folder | Command | Camera
+
+
+def _load(source: str, image: Any, settings: MachineSettings) -> Frame:
+    try:
+        pixels = load_image(
+            image, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
+        )
+    except ImageError as error:
+        return Frame(source, error=str(error))
+    return Frame(source, pixels)
+
+
+def _too_large(found: Sequence[bytes]) -> bool:
+    return bool(found) and len(found[0]) > MAX_FILE_BYTES
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what still runs, with what it has started."""
+    if process.poll() is None:
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()

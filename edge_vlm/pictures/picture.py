@@ -1,0 +1,143 @@
+"""A picture of a conversation: opened, encoded once, its rows kept for the decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.bundle.manifest import Manifest
+from edge_vlm.errors import DecoderError, ImageError
+from edge_vlm.families.base import ImageProcessor
+from edge_vlm.families.registry import family_of
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.machine.store import make_key
+from edge_vlm.pictures.image import load_image
+from edge_vlm.pictures.tile_cache import TileCache
+from edge_vlm.planning.request import plan_image
+from edge_vlm.progress import CancelToken, OnProgress, Progress
+
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageUse:
+    """How a picture was used; sizes are (width, height) in pixels."""
+
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    tiling: tuple[int, int]  # rows, columns
+    crops: int  # the thumbnail included
+    reduced: bool  # whether the model saw fewer pixels than the picture has
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture's embeddings, to be given in place of the picture any number of times.
+
+    Made by ``EdgeVLM.encode``; good for every conversation with the same vision tower, also of
+    another process's ``EdgeVLM``. The tiling is that of ``encode``, whatever ``max_tiles`` says.
+    """
+
+    use: ImageUse
+    rows: Float32 = field(repr=False)  # (n_tokens, hidden_size)
+    digest: bytes = field(repr=False)  # of the pixels and the tiling
+    model: bytes = field(repr=False)  # see TileCache.model
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions of the prompt that the picture takes."""
+        return len(self.rows)
+
+
+@dataclass
+class Picture:
+    """A picture in a conversation."""
+
+    use: ImageUse
+    n_tokens: int
+    processor: ImageProcessor
+    digest: bytes  # of the pixels and the tiling
+    pixels: UInt8 | None = None  # dropped once it is encoded
+    rows: Float32 | None = None  # (n_tokens, hidden_size)
+
+    def encoded(self, model: bytes) -> EncodedImage:
+        """What stands for it once it is encoded."""
+        if self.rows is None:
+            raise DecoderError("the picture was not encoded")
+        return EncodedImage(self.use, self.rows, self.digest, model)
+
+
+@dataclass
+class Crops:
+    """Crops of the pictures of one turn."""
+
+    encoded: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+
+
+def open_picture(
+    source: object,
+    processor: ImageProcessor,
+    manifest: Manifest,
+    settings: MachineSettings,
+    model: bytes,
+) -> Picture:
+    """Read and plan a picture, or take one that is encoded.
+
+    Raises:
+        ImageError: it cannot be read, or was encoded by another model.
+    """
+    if isinstance(source, EncodedImage):
+        if source.model != model:
+            raise ImageError("this picture was encoded by another model or with other settings")
+        return Picture(source.use, source.n_tokens, processor, source.digest, rows=source.rows)
+    pixels = load_image(
+        source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
+    )
+    height, width = pixels.shape[:2]
+    plan = plan_image(width, height, processor, manifest.decoder, settings.kv_type)
+    use = ImageUse(plan.size, plan.resized, plan.tiling, plan.crops, plan.reduced)
+    shape = np.array(pixels.shape, np.int64).tobytes()
+    digest = make_key(processor.model_dump(), shape, pixels.data.cast("B"))
+    return Picture(use, plan.image_tokens, processor, digest, pixels)
+
+
+def encode_pictures(
+    pictures: Sequence[Picture],
+    tiles: TileCache,
+    progress: OnProgress,
+    cancel: CancelToken | None,
+) -> Crops:
+    """Encode those that have no rows yet.
+
+    Raises:
+        Cancelled, VisionError, BundleError: as ``TileCache.encode``.
+    """
+    waiting = [picture for picture in pictures if picture.rows is None]
+    total = sum(picture.use.crops for picture in waiting)
+    crops = Crops()
+    started = time.perf_counter()
+    if total:
+        progress(Progress("vision", 0, total))
+    for picture in waiting:
+
+        def report(n_crops: int, before: int = crops.encoded + crops.cached) -> None:
+            progress(Progress("vision", before + n_crops, total))
+
+        if picture.pixels is None:
+            raise DecoderError("a picture has neither pixels nor embeddings")
+        family = family_of(picture.processor)
+        cut = family.cut(picture.pixels, picture.processor)
+        embeddings, n_cached = tiles.encode(cut, cancel=cancel, progress=report)
+        picture.rows = family.rows(embeddings, tiles.markers(), cut.plan, picture.processor)
+        picture.pixels = None
+        crops.cached += n_cached
+        crops.encoded += picture.use.crops - n_cached
+    crops.seconds = time.perf_counter() - started
+    return crops

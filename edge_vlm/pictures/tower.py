@@ -1,0 +1,328 @@
+"""From crops to embeddings: the vision tower and connector in onnxruntime."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.bundle.onnx_files import external_files
+from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
+from edge_vlm.families.base import Tiles
+from edge_vlm.families.registry import family_of
+from edge_vlm.machine.engine_settings import EngineSettings, untuned
+from edge_vlm.machine.memory import give_back_memory
+from edge_vlm.machine.process import import_onnxruntime
+from edge_vlm.machine.providers import open_session
+from edge_vlm.progress import CancelToken
+
+Float32 = npt.NDArray[np.float32]
+_QUIET = 4  # onnxruntime's severity "fatal"
+_WARNING = 2
+_TENSORS: dict[type[np.generic], str] = {np.bool_: "tensor(bool)", np.int64: "tensor(int64)"}
+
+Feed = Mapping[str, npt.NDArray[Any]]  # one value of each for a crop, or one crop
+
+
+class VisionTower:
+    """An onnxruntime session for a bundle's ``vision.onnx``.
+
+    It is loaded when a picture is encoded: with text alone, or a picture whose embeddings or KV
+    cache were kept, seconds and a gigabyte of memory are saved.
+
+    Raises:
+        BundleError: the graph reads files outside the bundle.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: EngineSettings | None = None,
+        *,
+        provider: str = "cpu",
+        before_load: Callable[[], None] | None = None,
+        logs: bool = False,
+    ) -> None:
+        path = bundle.file(VISION_NAME)
+        for name in external_files(path):
+            if name not in bundle.manifest.files:
+                raise BundleError(f"{path}: reads {name!r}, which is not a file of the bundle")
+        self._bundle = bundle
+        self._family = family_of(bundle.manifest.image_processor)
+        self._engines = engines or untuned()
+        self._provider = provider
+        self._before_load = before_load
+        self._severity = _WARNING if logs else _QUIET
+        self._stamps = self._stamp()
+        self._session: Any = None
+        self._loading = threading.Lock()
+        self.load_seconds = 0.0  # until now
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an embedding depends on besides the crop."""
+        files = self._bundle.manifest.files
+        return {
+            "files": {name: files[name].sha256 for name in files if name != DECODER_NAME},
+            "onnxruntime": _version(),
+            "threads": self._threads_per_stream,
+            "tiles_per_call": self._engines.tiles_per_call,
+            "provider": self._provider,
+        }
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """Of one crop's embeddings: (tokens_per_crop, hidden_size)."""
+        manifest = self._bundle.manifest
+        return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
+
+    @property
+    def n_markers(self) -> int:
+        """Rows of ``marker_embeddings``."""
+        return self._family.n_markers
+
+    @property
+    def crops_at_once(self) -> int:
+        """Crops that are encoded side by side."""
+        return self._engines.streams * self._engines.tiles_per_call
+
+    @property
+    def _threads_per_stream(self) -> int:
+        return self._engines.vision_threads // self._engines.streams
+
+    def load(self) -> Any:
+        """The session; it is created unless it is there.
+
+        Raises:
+            BundleError: the graph does not load, or has other inputs and outputs than the manifest
+                says.
+            InputError: the execution provider that was asked for is not installed.
+        """
+        with self._loading:
+            if self._session is None:
+                if self._before_load:
+                    self._before_load()
+                started = time.perf_counter()
+                session = self._load()
+                self._check_interface(session)
+                self._session = session
+                self.load_seconds += time.perf_counter() - started
+            return self._session
+
+    def release(self) -> None:
+        """Give the session's memory back until the next picture."""
+        with self._loading:
+            self._session = None
+        give_back_memory()
+
+    def _stamp(self) -> dict[str, tuple[int, ...]]:
+        """What shows that a file was replaced since its checksum was compared."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name in self._bundle.manifest.files:
+            info = self._bundle.file(name).stat()
+            found[name] = (info.st_size, info.st_mtime_ns, info.st_ino)
+        return found
+
+    def _load(self) -> Any:
+        path = self._bundle.file(VISION_NAME)
+        if self._stamp() != self._stamps:
+            raise BundleError(f"{path.parent}: was changed after it was loaded; load it again")
+        ort = import_onnxruntime()
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads_per_stream
+        options.inter_op_num_threads = 1
+        spinning = "1" if self._engines.spinning else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+        options.log_severity_level = self._severity
+
+        def create(providers: list[str]) -> Any:
+            # Its own fallback would try the same again, and print that to stdout.
+            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
+        try:
+            return open_session(self._provider, ort.get_available_providers(), create)
+        except InputError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BundleError(
+                f"{path}: onnxruntime cannot load it: {_first_line(error)}"
+            ) from error
+
+    @property
+    def providers(self) -> list[str]:
+        """Ids of the execution providers in use, the first preferred."""
+        return list(self.load().get_providers())
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.providers[0] == "CPUExecutionProvider"
+
+    def encode(
+        self,
+        tiles: Tiles,
+        *,
+        cancel: CancelToken | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Float32:
+        """Embeddings of each crop, (n_crops, tokens_per_crop, hidden_size).
+
+        ``progress`` is called with the number of crops done.
+
+        Raises:
+            Cancelled: ``cancel`` was set.
+            VisionError: onnxruntime failed.
+            BundleError: see ``load``.
+        """
+        out = np.empty((len(tiles.crops), *self.output_shape), np.float32)
+        n_done = 0
+        for part, rows in self.encode_parts(tiles.feed, cancel=cancel):
+            out[part] = rows
+            n_done += len(part)
+            if progress:
+                progress(n_done)
+        return out
+
+    def encode_parts(
+        self,
+        feed: Feed,
+        wanted: Sequence[int] | None = None,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> Iterator[tuple[list[int], Float32]]:
+        """Embeddings of the crops with the indices ``wanted`` (all), as they become ready.
+
+        Args:
+            feed: the graph's inputs, see ``Tiles.feed``.
+            wanted: indices of crops.
+            cancel: as ``encode``.
+
+        Yields:
+            Indices and embeddings, (n, tokens_per_crop, hidden_size); errors as ``encode``.
+        """
+        wanted = range(len(feed["crops"])) if wanted is None else wanted
+        size = self._engines.tiles_per_call
+        parts = [list(wanted[i : i + size]) for i in range(0, len(wanted), size)]
+
+        def run(part: list[int]) -> tuple[list[int], Float32]:
+            chosen = {name: values[part] for name, values in feed.items()}
+            return part, self.encode_crops(chosen, cancel=cancel)
+
+        streams = self._engines.streams
+        if len(parts) < 2 or streams == 1 or not self._on_cpu:
+            yield from map(run, parts)
+            return
+        # The last ones run all at once: a single one would leave the other streams' cores idle.
+        at_the_end = streams + len(parts) % streams
+        with ThreadPoolExecutor(at_the_end, "vision") as pool:
+            running: set[Future[tuple[list[int], Float32]]] = set()
+            while parts or running:
+                left = len(parts) + len(running)
+                while parts and len(running) < (at_the_end if left <= at_the_end else streams):
+                    running.add(pool.submit(run, parts.pop(0)))
+                ready, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield future.result()
+
+    def rest(self) -> None:
+        """Give back what onnxruntime needed while it encoded; the weights stay."""
+        if self._session is not None and self._on_cpu and not self._takes_one_crop:
+            self._run_on_nothing(**{"memory.enable_memory_arena_shrinkage": "cpu:0"})
+
+    def encode_crops(self, feed: Feed, *, cancel: CancelToken | None = None) -> Float32:
+        """Embeddings of crops in one call; shape and errors as ``encode``."""
+        self.load()
+        n_crops = len(feed["crops"])
+        if self._takes_one_crop and n_crops > 1:
+            ones = ({name: v[[i]] for name, v in feed.items()} for i in range(n_crops))
+            return np.concatenate([self.encode_crops(one, cancel=cancel) for one in ones])
+        return self._run("embeddings", feed, cancel)
+
+    @cached_property
+    def marker_embeddings(self) -> Float32:
+        """(n_markers, hidden_size): the rows that no crop decides."""
+        if not self.n_markers:
+            return np.empty((0, self.output_shape[1]), np.float32)
+        self.load()
+        return self._run_on_nothing()
+
+    def _run_on_nothing(self, **config: str) -> Float32:
+        """A run for the markers, which depend on no crop."""
+        n_crops = 1 if self._takes_one_crop else 0
+        shape = self._bundle.manifest.image_processor.crop_shape
+        feed = self._family.inputs(np.zeros((n_crops, *shape), np.float32))
+        output = "marker_embeddings" if self.n_markers else "embeddings"
+        return self._run(output, feed, None, **config)
+
+    def _run(self, output: str, feed: Feed, cancel: CancelToken | None, **config: str) -> Float32:
+        session = self.load()
+        ort = import_onnxruntime()
+
+        run = ort.RunOptions()
+        run.log_severity_level = self._severity
+        for key, value in config.items():
+            run.add_run_config_entry(key, value)
+
+        def stop() -> None:
+            run.terminate = True
+
+        if cancel:
+            cancel.check()
+            cancel.listen(stop)
+        try:
+            # A copy: the array itself lies in onnxruntime's arena and would keep all of it.
+            result: Float32 = session.run([output], feed, run)[0].copy()
+        except Exception as error:  # see above
+            if cancel and cancel.is_set:
+                raise Cancelled("stopped while encoding the picture") from error
+            raise VisionError(f"onnxruntime failed: {_first_line(error)}") from error
+        finally:
+            if cancel:
+                cancel.forget(stop)
+        return result
+
+    def _check_interface(self, session: Any) -> None:
+        hidden = self._bundle.manifest.vision.output_size
+        shape = self._bundle.manifest.image_processor.crop_shape
+        expected = {
+            "crops": ("tensor(float)", [*shape]),
+            **{name: (_TENSORS[kind], []) for name, kind in self._family.extras.items()},
+            "embeddings": ("tensor(float)", [*self.output_shape]),
+        }
+        if self.n_markers:
+            expected["marker_embeddings"] = ("tensor(float)", [hidden])
+        found = {
+            value.name: (value.type, list(value.shape)[1:])
+            for value in (*session.get_inputs(), *session.get_outputs())
+        }
+        # Engines that want fixed shapes get graphs for exactly one crop.
+        batch = next((v.shape[0] for v in session.get_inputs() if v.name == "crops"), None)
+        self._takes_one_crop = batch == 1
+        if isinstance(batch, int) and batch != 1:
+            raise BundleError(
+                f"{self._bundle.path / VISION_NAME}: takes {batch} crops at a time instead of one"
+            )
+        if found != expected:
+            raise BundleError(
+                f"{self._bundle.path / VISION_NAME}: its inputs and outputs are not those of the"
+                " manifest"
+            )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:  # a build for some accelerator has another name
+        return str(import_onnxruntime().__version__)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,1 @@
+"""From words to token ids with gaps for pictures."""

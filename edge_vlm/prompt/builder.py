@@ -1,0 +1,153 @@
+"""From a conversation to token ids with a gap for each picture.
+
+The chat template decides the form. Tokens are those of the whole rendered text, split only where
+the *template* placed a special token: text that a user typed stays text, whatever it spells.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from edge_vlm.bundle.manifest import Manifest
+from edge_vlm.errors import BundleError, PromptError
+from edge_vlm.prompt.messages import ImagePart, Message
+from edge_vlm.prompt.template import ChatTemplate
+
+Tokenize = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Token ids in a row."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """The place of picture ``index`` (in prompt order)."""
+
+    index: int
+
+
+Span = TokenSpan | ImageSpan
+
+
+class PromptBuilder:
+    """Renders and tokenizes conversations for one bundle.
+
+    Args:
+        manifest: the bundle's description.
+        template: text of the chat template.
+        tokenize: ids of plain text, no special token recognised or added.
+    """
+
+    def __init__(self, manifest: Manifest, template: str, tokenize: Tokenize) -> None:
+        self._tokens = manifest.tokens
+        self._prompt = manifest.prompt
+        self._tokenize = tokenize
+        self._template = ChatTemplate(template)
+        specials = sorted(self._tokens.special, key=len, reverse=True)
+        self._specials = "|".join(re.escape(text) for text in specials)
+        self._special_starts = {text[0] for text in specials}
+
+    def build(self, messages: Sequence[Message]) -> list[Span]:
+        """Spans of a whole prompt, the begin-of-sequence token first.
+
+        Raises:
+            PromptError: the template refuses the conversation.
+            BundleError: the template does not place each picture once.
+        """
+        return self.spans(self.render(messages), first=True)
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> Rendered:
+        """The prompt as text; see ``Rendered`` for how user text is marked."""
+        mark = _unused_character(messages)
+        n_images = 0
+        rendered_messages = []
+        for message in messages:
+            content: list[dict[str, str]] = []
+            for part in message.parts:
+                if isinstance(part, ImagePart):
+                    n_images += 1
+                    content.append({"type": "image"})
+                else:
+                    content.append({"type": "text", "text": self._marked(part.text, mark)})
+            rendered_messages.append({"role": message.role, "content": content})
+        text = self._template.render(
+            messages=rendered_messages,
+            add_generation_prompt=generation_prompt,
+            **self._prompt.template_variables(),
+        )
+        rendered = Rendered(text, mark)
+        placed = sum(
+            match.group() == self._prompt.image_prompt_token for match in self._placed(rendered)
+        )
+        if placed != n_images:
+            raise BundleError(f"chat template: placed {placed} image tokens for {n_images} images")
+        return rendered
+
+    def spans(self, rendered: Rendered, *, first: bool) -> list[Span]:
+        """Tokenize rendered text; ``first`` puts the begin-of-sequence token in front, if any."""
+        spans: list[Span] = []
+        bos = self._tokens.bos
+        ids: list[int] = [bos] if first and bos is not None else []
+        n_images = 0
+        position = 0
+        for match in self._placed(rendered):
+            ids += self._text_ids(rendered, position, match.start())
+            position = match.end()
+            if match.group() == self._prompt.image_prompt_token:
+                if ids:
+                    spans.append(TokenSpan(tuple(ids)))
+                    ids = []
+                spans.append(ImageSpan(n_images))
+                n_images += 1
+            else:
+                ids.append(self._tokens.special[match.group()])
+        ids += self._text_ids(rendered, position, len(rendered.text))
+        if ids:
+            spans.append(TokenSpan(tuple(ids)))
+        return spans
+
+    def _placed(self, rendered: Rendered) -> Iterator[re.Match[str]]:
+        """The special tokens that the template placed: none has a mark in or behind its start."""
+        pattern = f"(?=.(?!{rendered.mark}))(?:{self._specials})"
+        return re.compile(pattern, re.DOTALL).finditer(rendered.text)
+
+    def _text_ids(self, rendered: Rendered, start: int, end: int) -> list[int]:
+        text = rendered.text[start:end].replace(rendered.mark, "")
+        if self._prompt.normalizer == "NFC":
+            text = unicodedata.normalize("NFC", text)
+        return self._tokenize(text) if text else []
+
+    def _marked(self, text: str, mark: str) -> str:
+        """Break every possible special token in user text by a mark after its first character."""
+        return "".join(c + mark if c in self._special_starts else c for c in text)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Rendered prompt text; ``mark`` stands behind each character of user text that could begin a
+    special token and is taken out again before tokenization.
+    """
+
+    text: str
+    mark: str
+
+    @property
+    def plain(self) -> str:
+        """The text without marks."""
+        return self.text.replace(self.mark, "")
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    """A private-use character that no message contains."""
+    used = {character for message in messages for character in message.text}
+    for surrogate in used:
+        if "\ud800" <= surrogate <= "\udfff":
+            raise PromptError("the text contains an unpaired surrogate, which is not valid Unicode")
+    return next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used)

@@ -1,0 +1,1 @@
+"""What a checkpoint's folder holds: tensors, settings files, tokenizer, hub downloads."""

@@ -1,0 +1,251 @@
+"""The tensors of a checkpoint: safetensors files, memory-mapped one tensor at a time.
+
+Format: https://github.com/huggingface/safetensors - eight bytes with the header's length, a JSON
+header with dtype, shape and byte range of each tensor, then the bytes. The reader is written out
+here because every tensor gets a mapping of its own, which is dropped after use: with one mapping
+for the whole file the resident memory would grow to the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm.errors import CheckpointError
+from edge_vlm_export.checkpoint.json_file import parse_json, read_json, shorten
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 64 << 20
+MAX_TENSORS = 1 << 17
+BLOCK_VALUES = 1 << 24  # values converted at a time: 64 MiB of float32
+
+Float32 = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+_STORED: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the upper half of a float32
+}
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor; its values are read when asked for and always come as float32."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    path: Path
+    offset: int
+
+    @property
+    def n_values(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def read(self) -> Float32:
+        """All values, of shape ``self.shape``."""
+        out = np.empty(self.shape, np.float32)
+        for start, block in self.blocks():
+            out[start : start + len(block)] = block
+        return out
+
+    def rows(self, start: int, stop: int) -> Float32:
+        """Values ``start`` to ``stop`` along the first axis.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a value is infinite or not a number.
+        """
+        row_shape = self.shape[1:]
+        itemsize = _STORED[self.dtype].itemsize
+        offset = self.offset + start * math.prod(row_shape) * itemsize
+        try:
+            stored = np.memmap(
+                self.path, _STORED[self.dtype], "r", offset, (stop - start, *row_shape)
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot read {self.name} ({error})") from error
+        if self.dtype == "BF16":
+            values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            values = np.array(stored, dtype=np.float32, subok=False)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.path}: {self.name} has a value that is infinite or not a number"
+            )
+        return np.asarray(values)
+
+    def blocks(self) -> Iterator[tuple[int, Float32]]:
+        """All values in order, as (first row, rows), in pieces of bounded size."""
+        step = max(1, BLOCK_VALUES // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            yield start, self.rows(start, min(start + step, self.shape[0]))
+
+
+class Checkpoint:
+    """The tensors of a checkpoint by name; only headers were read so far."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        self.tensors = tensors
+        self.where = where  # the weights file, or the index of several
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the headers of ``model.safetensors``, or of all files its index names.
+
+        Raises:
+            CheckpointError: a file is missing, cut off or malformed, or the index is.
+        """
+        single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+        if single.exists():
+            return cls(_read_header(single), single)
+        if not index.exists():
+            raise CheckpointError(f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        return cls(_read_shards(index), index)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def check(self, required: Mapping[str, Shape], optional: Mapping[str, Shape]) -> None:
+        """Compare names and shapes with those the config asks for.
+
+        Raises:
+            CheckpointError: a required tensor is missing, a shape differs, or there is a tensor
+                that the model does not have.
+        """
+        for name, shape in required.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.where}: has no tensor {name} of shape {list(shape)}")
+        for name, tensor in self.tensors.items():
+            expected = required.get(name) or optional.get(name)
+            if expected is None:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {shorten(name)} of shape {list(tensor.shape)} is not"
+                    " part of the model that config.json describes"
+                )
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {name} has shape {list(tensor.shape)},"
+                    f" config.json asks for {list(expected)}"
+                )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index, MAX_HEADER_BYTES).section("weight_map").data
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{index}: names more than {MAX_TENSORS} tensors")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{index}: weight_map names {shorten(name)}, which is not the plain name of a"
+                " safetensors file beside it"
+            )
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        for tensor in _read_header(index.parent / name).values():
+            if weight_map.get(tensor.name) != name:
+                raise CheckpointError(
+                    f"{tensor.path}: has tensor {shorten(tensor.name)},"
+                    f" which {index.name} does not place there"
+                )
+            tensors[tensor.name] = tensor
+    for tensor_name, shard in weight_map.items():
+        if tensor_name not in tensors:
+            raise CheckpointError(
+                f"{index.parent / shard}: lacks tensor {shorten(tensor_name)},"
+                f" which {index.name} places there"
+            )
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, Tensor]:
+    """Descriptions of the tensors in one safetensors file, their ranges checked."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
+        file_size = path.stat().st_size
+        with path.open("rb") as file:
+            length_bytes = file.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > file_size - 8:
+                raise CheckpointError(
+                    f"{path}: is cut off or no safetensors file: {file_size} bytes do not hold"
+                    " its header"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: its header is larger than {MAX_HEADER_BYTES >> 20} MiB"
+                )
+            raw = file.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing from the checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: its header is not UTF-8 text") from error
+    entries = dict(parse_json(text, path).data)
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors")
+    data_start = 8 + length
+    ranges: list[tuple[int, int]] = []
+    tensors = {}
+    for name, entry in entries.items():
+        tensors[name], span = _tensor(name, entry, path, data_start)
+        ranges.append(span)
+    end = 0
+    for begin, stop in sorted(ranges):
+        if begin != end:
+            raise CheckpointError(f"{path}: its tensors overlap or leave gaps")
+        end = stop
+    if data_start + end != file_size:
+        problem = "is cut off" if file_size < data_start + end else "has bytes after its tensors"
+        raise CheckpointError(
+            f"{path}: {problem}: {file_size} bytes, its header tells {data_start + end}"
+        )
+    return tensors
+
+
+def _tensor(name: str, entry: Any, path: Path, data_start: int) -> tuple[Tensor, tuple[int, int]]:
+    """One entry of a header, and its byte range behind the header."""
+    label = shorten(name)
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path}: the header's entry for {label} is malformed")
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _STORED:
+        raise CheckpointError(
+            f"{path}: tensor {label} has dtype {shorten(dtype)}, supported are {', '.join(_STORED)}"
+        )
+    if (
+        not isinstance(shape, list)
+        or not 1 <= len(shape) <= 8
+        or any(type(n) is not int or not 1 <= n < 1 << 48 for n in shape)
+    ):
+        raise CheckpointError(f"{path}: tensor {label} has the malformed shape {shorten(shape)}")
+    if (
+        not isinstance(span, list)
+        or len(span) != 2
+        or any(type(n) is not int or n < 0 for n in span)
+        or span[1] - span[0] != math.prod(shape) * _STORED[dtype].itemsize
+    ):
+        raise CheckpointError(
+            f"{path}: tensor {label} has the byte range {shorten(span)}, which does not hold"
+            f" {dtype} values of shape {shape}"
+        )
+    tensor = Tensor(name, dtype, tuple(shape), path, data_start + span[0])
+    return tensor, (span[0], span[1])

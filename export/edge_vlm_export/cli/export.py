@@ -1,0 +1,194 @@
+"""``edge-vlm export``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from edge_vlm.cli.options import verbose_option
+
+# Modules of the export extra.
+EXTRA = ("filelock", "gguf", "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "safetensors")
+
+DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
+TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
+
+
+def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    """Make a recipe's choices the defaults; what is given explicitly still wins."""
+    if value is None:
+        return
+    from edge_vlm_export.steps.recipes import listing, read_recipe
+
+    if value == "list":
+        click.echo(listing())
+        ctx.exit()
+    ctx.default_map = {**(ctx.default_map or {}), **read_recipe(value).options()}
+
+
+@click.command("export")
+@click.argument("checkpoint")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--vision",
+    type=click.Choice(["int8", "int8-static", "int4", "fp16", "fp32"]),
+    default="int8",
+    show_default=True,
+    help="Precision of the vision tower; int4 and fp16 are of its weights alone.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["cpu", "portable"]),
+    default="cpu",
+    show_default=True,
+    help="Layout of vision.onnx: onnxruntime's fused operators, or standard ones alone.",
+)
+@click.option(
+    "--static-shapes",
+    is_flag=True,
+    help="Fix the batch of vision.onnx to one crop, for engines without open shapes.",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.995,
+    show_default=True,
+    help="Keep matrix products of the vision tower in higher precision until its output has this"
+    " mean cosine.",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(DECODERS),
+    default="q4_k_m",
+    show_default=True,
+    help="Type of the decoder's weights; all but f16, bf16 and f32 are llama.cpp's mixtures.",
+)
+@click.option(
+    "--decoder-head",
+    type=click.Choice(TENSORS),
+    help="Type of the output head; by default q6_k, with q8_0 q8_0.",
+)
+@click.option(
+    "--decoder-embedding",
+    type=click.Choice(TENSORS),
+    help="Type of the token table; by default the mixture's main type.",
+)
+@click.option(
+    "--recipe",
+    callback=_recipe,
+    is_eager=True,
+    expose_value=False,
+    metavar="NAME|FILE|list",
+    help="Choose the other options for a device: pi-4gb, pi-8gb, jetson-orin-nano, laptop, best, or"
+    " a .toml file. `list` shows what they choose and why.",
+)
+@click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
+@click.option(
+    "--calibrate",
+    metavar="FOLDER|builtin",
+    help="Calibrate with pictures and questions: those of a folder, or built-in ones.",
+)
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Compare the result with the checkpoint; by default what is quantized.",
+)
+@click.option(
+    "--max-divergence",
+    type=click.FloatRange(0, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="Fail if the decoder's mean divergence from the checkpoint is larger, in nats.",
+)
+@click.option("--allow-loss", is_flag=True, help="Write the bundle whatever the report says.")
+@click.option("--name", help="Name of the model in the manifest.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
+@verbose_option
+def command(
+    checkpoint: str,
+    out: Path,
+    vision: str,
+    target: str,
+    static_shapes: bool,
+    min_cosine: float,
+    decoder: str,
+    decoder_head: str | None,
+    decoder_embedding: str | None,
+    offline: bool,
+    calibrate: str | None,
+    measure: bool | None,
+    max_divergence: float,
+    allow_loss: bool,
+    name: str | None,
+    force: bool,
+    verbose: bool,
+) -> None:
+    """Turn a jina-vlm CHECKPOINT into a bundle.
+
+    CHECKPOINT is a folder, or the name of a model on the Hugging Face Hub, OWNER/MODEL[@REVISION],
+    which is downloaded into the hub's own cache; HF_TOKEN or `hf auth login` give access to private
+    ones. An existing folder of that name wins.
+
+    Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
+    bundle.json. OUT appears only when it is complete and verified.
+
+    \b
+    edge-vlm export jinaai/jina-vlm --out ./jina-vlm-bundle
+    edge-vlm export ./jina-vlm --out ./jina-vlm-bundle
+    """
+    del verbose  # main() looks for it
+    require_extra("export")
+    from edge_vlm.cli.display import Steps
+    from edge_vlm_export import export_checkpoint
+    from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+    from edge_vlm_export.steps.export import estimated_bytes
+    from edge_vlm_export.steps.folder import check_target
+
+    check_target(out, force)  # before gigabytes are downloaded
+    with Steps() as steps:
+        source = parse_source(checkpoint)
+        if isinstance(source, HubName):
+            source = fetch(
+                source,
+                offline=offline,
+                progress=steps.show,
+                notice=steps.say,
+                then=(out.parent, lambda folder: estimated_bytes(folder, vision, decoder)),
+            )
+        written = export_checkpoint(
+            source,
+            out,
+            vision=vision,
+            target=target,
+            static_shapes=static_shapes,
+            min_cosine=min_cosine,
+            decoder=decoder,
+            decoder_head=decoder_head,
+            decoder_embedding=decoder_embedding,
+            calibrate=calibrate,
+            measure=measure,
+            max_divergence=max_divergence,
+            allow_loss=allow_loss,
+            name=name,
+            overwrite=force,
+            progress=steps.show,
+            notice=steps.say,
+            on_report=lambda report: steps.say(report.text()),
+        )
+    size = sum(path.stat().st_size for path in written.iterdir())
+    click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)
+
+
+def require_extra(what: str) -> None:
+    """Refuse to go on without the libraries of the export extra.
+
+    Raises:
+        click.UsageError: one is missing.
+    """
+    missing = [module for module in EXTRA if importlib.util.find_spec(module) is None]
+    if missing:
+        raise click.UsageError(
+            f"{what} needs {', '.join(missing)}; install with: pip install 'edge-vlm[export]'"
+        )

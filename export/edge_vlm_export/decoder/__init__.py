@@ -1,0 +1,1 @@
+"""decoder.gguf: written, quantized, its importance matrix."""

@@ -1,0 +1,242 @@
+"""The decoder's part of an export: write, calibrate, quantize, compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
+from edge_vlm.bundle.report import MAX_DIVERGENCE, Calibration, DecoderFile, DecoderReport
+from edge_vlm.errors import InputError
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm_export.checkpoint.tensors import Checkpoint
+from edge_vlm_export.checkpoint.tokenizer import Tokenizer
+from edge_vlm_export.decoder import imatrix
+from edge_vlm_export.decoder.quantizer import (
+    MIXTURES,
+    TENSOR_TYPES,
+    Stored,
+    head_types,
+    quantize_decoder,
+    quantized_bytes,
+    save_imatrix,
+)
+from edge_vlm_export.families.jina_vlm.config import Settings
+from edge_vlm_export.families.jina_vlm.gguf_file import (
+    UNQUANTIZED,
+    exact_precision,
+    plan_decoder,
+    write_decoder,
+)
+from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.proof.prompts import Prompt, PromptMaker
+from edge_vlm_export.proof.report import (
+    decoder_file,
+    decoder_report,
+    measuring_prompts,
+    source_name,
+)
+from edge_vlm_export.samples.conversations import read_samples, split
+from edge_vlm_export.steps.progress import Progress, Stage
+
+_SCRATCH_NAME = "decoder.tmp"
+_IMATRIX_NAME = "imatrix.tmp"
+
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """What is wanted of the decoder; see ``export_checkpoint``.
+
+    Raises:
+        InputError: an option is unknown or fits no other.
+    """
+
+    kind: str
+    head: str | None = None
+    embedding: str | None = None
+    calibrate: str | Path | None = None
+    measure: bool | None = None
+    max_divergence: float = MAX_DIVERGENCE
+
+    def __post_init__(self) -> None:
+        check_choice("decoder", self.kind, (*MIXTURES, *UNQUANTIZED))
+        for option, value in (("head", self.head), ("embedding", self.embedding)):
+            if value is not None:
+                check_choice(f"decoder-{option}", value, TENSOR_TYPES)
+                self._needs_mixture(f"decoder-{option}")
+        if self.calibrate is not None:
+            self._needs_mixture("calibrate")
+        if not 0 < self.max_divergence < math.inf:
+            raise InputError("max-divergence: must be a positive number")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether llama.cpp's quantizer is needed."""
+        return self.kind in MIXTURES
+
+    def _needs_mixture(self, option: str) -> None:
+        if not self.quantized:
+            raise InputError(
+                f"{option}: {self.kind} stores every weight alike; choose one of"
+                f" {', '.join(MIXTURES)}"
+            )
+
+
+class DecoderExport:
+    """Plans the decoder when made; ``write`` carries it out.
+
+    Raises:
+        InputError: the choice does not fit the model, or the calibration folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        *,
+        tied: bool,
+        choice: DecoderChoice,
+    ) -> None:
+        self._folder, self._checkpoint = folder, checkpoint
+        self._settings, self._tokenizer, self._choice = settings, tokenizer, choice
+        self._samples = None if choice.calibrate is None else read_samples(choice.calibrate)
+        self._measure = choice.quantized if choice.measure is None else choice.measure
+        self._precision = exact_precision(checkpoint) if choice.quantized else choice.kind
+        self._outputs = plan_decoder(checkpoint, settings, tied=tied, precision=self._precision)
+        width = settings.text.hidden_size
+        self._head, self._embedding = head_types(tied, width, choice.head, choice.embedding)
+        self.n_bytes = sum(output.n_bytes for output in self._outputs)
+        n_values = sum(math.prod(output.shape) for output in self._outputs)
+        n_table = (1 if tied else 2) * settings.text.n_ids * width
+        self._n_quantized = (
+            quantized_bytes(choice.kind, n_values, n_table) if choice.quantized else 0
+        )
+        self._threads = MachineSettings.from_environment().engine_settings().threads
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of ``total_bytes``, those that are needed only for a while."""
+        return self.n_bytes if self._choice.quantized else 0
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that is on disk at once."""
+        return self.n_bytes + self._n_quantized
+
+    def write(
+        self,
+        folder: Path,
+        name: str,
+        bundle: Callable[[], Bundle],
+        progress: Progress | None,
+    ) -> tuple[DecoderFile, DecoderReport | None]:
+        """Write ``decoder.gguf`` to ``folder`` and measure it.
+
+        Args:
+            folder: where ``vision.onnx`` is already.
+            name: the model's.
+            bundle: gives the bundle as it is so far, the decoder not quantized yet.
+            progress: see ``export_checkpoint``.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or does not fit the precision.
+            EdgeVLMError: llama.cpp or onnxruntime failed.
+        """
+        path = folder / DECODER_NAME
+        write_decoder(
+            path,
+            self._outputs,
+            self._settings,
+            self._tokenizer,
+            precision=self._precision,
+            name=name,
+            written=Stage("decoder", self.n_bytes, progress),
+        )
+        calibrating, measuring = self._prompts(bundle, path, progress)
+        stored = [
+            Stored(output.name, output.kind.name.lower(), math.prod(output.shape), output.n_bytes)
+            for output in self._outputs
+        ]
+        calibration = None
+        if self._choice.quantized:
+            matrix = self._collect(folder / _IMATRIX_NAME, calibrating, progress)
+            if matrix:
+                calibration = Calibration(
+                    source=source_name(self._choice.calibrate),
+                    n_prompts=len(calibrating),
+                    n_positions=sum(len(prompt.ids) for prompt in calibrating),
+                )
+            scratch = folder / _SCRATCH_NAME
+            stored = quantize_decoder(
+                path,
+                scratch,
+                self._choice.kind,
+                threads=self._threads,
+                head=self._head,
+                embedding=self._embedding,
+                imatrix=matrix,
+                progress=Stage("quantize", self._n_quantized, progress).reach,
+            )
+            scratch.replace(path)
+            if matrix:
+                matrix.unlink()
+        report = None
+        if self._measure:
+            report = decoder_report(
+                path,
+                self._folder,
+                measuring,
+                source=source_name(self._choice.calibrate),
+                max_divergence=self._choice.max_divergence,
+                threads=self._threads,
+                progress=Stage("compare", 0, progress).reach,
+            )
+        return decoder_file(path.stat().st_size, stored, calibration), report
+
+    def _prompts(
+        self, bundle: Callable[[], Bundle], gguf: Path, progress: Progress | None
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """Those to calibrate with and those to measure on; the engines are freed again."""
+        if self._samples is None and not self._measure:
+            return [], []
+        stage = Stage("examples", 0, progress)
+        template = self._settings.chat_template
+        calibrating: list[Prompt] = []
+        with PromptMaker(bundle(), gguf, template, self._threads) as maker:
+            for sample in split(self._samples)[0] if self._samples else ():
+                calibrating.append(maker.make(sample))
+                stage.reach(len(calibrating), len(self._samples or ()))
+            measuring = (
+                measuring_prompts(
+                    self._samples,
+                    maker,
+                    lambda done, total: stage.reach(
+                        len(calibrating) + done, len(calibrating) + total
+                    ),
+                )
+                if self._measure
+                else []
+            )
+        return calibrating, measuring
+
+    def _collect(self, path: Path, prompts: list[Prompt], progress: Progress | None) -> Path | None:
+        if not prompts:
+            return None
+        reference = Reference(self._checkpoint, self._settings)
+        stage = Stage("importance", self._settings.text.n_layers, progress)
+        save_imatrix(path, imatrix.collect(reference, prompts, stage.reach))
+        return path
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value not in choices:
+        raise InputError(f"{option}: {value!r} is none of {', '.join(choices)}")

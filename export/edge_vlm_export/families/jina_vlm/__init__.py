@@ -1,0 +1,1 @@
+"""jina-vlm: its config, tensors, tower graph, decoder and reference."""

@@ -1,0 +1,1 @@
+"""ONNX graphs: nodes, weights, matrix products in every precision."""

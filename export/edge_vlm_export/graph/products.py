@@ -1,0 +1,264 @@
+"""Matrix products of the vision graph in every precision and layout.
+
+``cpu`` uses onnxruntime's operators (domain com.microsoft), ``portable`` those of the ONNX
+standard. Integer activations are uint8 against int8 weights on the CPU: the pair for which
+onnxruntime has fast kernels on x86 and ARM alike; int8 against int8 is slower than float32 on x86.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
+from edge_vlm_export.families.jina_vlm.layout import VISION
+from edge_vlm_export.graph import integers
+from edge_vlm_export.graph.onnx_graph import CONTRIB, Graph
+from edge_vlm_export.graph.precision import WEIGHTS_ONLY_INT8, Recipe
+
+INT4_BLOCK = 32
+INT8_BLOCK = 128  # for weights alone; larger blocks are not faster
+# MatMulNBits may round activations to eight bits block by block: several times faster on ARM.
+_ACCURACY_INT8 = 4
+
+Array = npt.NDArray[Any]
+
+
+class Products:
+    """Adds products to a graph: x @ weight.T + bias, with the checkpoint's weights."""
+
+    def __init__(self, graph: Graph, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self.graph = graph
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.inputs: dict[str, str] = {}  # product -> the value it reads
+        self._latest: tuple[str, Any] = ("", None)
+
+    def __call__(self, name: str, x: str, biases: Sequence[str] = ()) -> str:
+        """Add the product ``name``; the checkpoint may store its bias in several parts."""
+        self.inputs[name] = x
+        precision, portable = self.recipe.of(name), self.recipe.target == "portable"
+        if precision == "int8":
+            return (self._dynamic_standard if portable else self._dynamic)(name, x, biases)
+        if precision == "int8-static":
+            return (self._static_standard if portable else self._static)(name, x, biases)
+        if precision in ("int4", WEIGHTS_ONLY_INT8) and not portable:
+            return self._blocks(name, x, biases, bits=4 if precision == "int4" else 8)
+        if precision == "int4" and (block := _standard_block(self._shape(name)[1])):
+            weight = self._int4_standard(name, block)
+        elif precision in ("int4", WEIGHTS_ONLY_INT8):
+            weight = self._int8_standard(name)
+        else:
+            out_size, in_size = self._shape(name)
+            store = self.graph.half_weight if precision == "fp16" else self.graph.weight
+            weight = store(f"{name}.weight_t", (in_size, out_size), lambda: self._matrix(name).T)
+        product = self.graph.op("MatMul", f"{name}.product", x, weight)
+        return self._add_bias(name, product, biases)
+
+    def parts(self, name: str, x: str, biases: Sequence[str], outputs: Sequence[str]) -> list[str]:
+        """The product cut into equal parts along the last axis.
+
+        Integer products on the CPU are cut in their weights: the input is rounded once, and no
+        float32 value is copied.
+        """
+        if self.recipe.target == "portable" or self.recipe.of(name) not in ("int8", "int8-static"):
+            return self.graph.split(self(name, x, biases), outputs)
+        self.inputs[name] = x
+        quantized = self._quantized_input(name, x)
+        n_parts = len(outputs)
+        return [
+            self._integer_product(name, quantized, biases, output, (index, n_parts))
+            for index, output in enumerate(outputs)
+        ]
+
+    def _dynamic(self, name: str, x: str, biases: Sequence[str]) -> str:
+        """The input's range is taken anew in each run, one scale for all of it."""
+        bias = ["", self._bias(name, biases)] if biases else []
+        return self.graph.op(
+            "DynamicQuantizeMatMul",
+            f"{name}.product",
+            *(x, *self._int8(name), *bias),
+            domain=CONTRIB,
+        )
+
+    def _static(self, name: str, x: str, biases: Sequence[str]) -> str:
+        quantized = self._quantized_input(name, x)
+        return self._integer_product(name, quantized, biases, f"{name}.product")
+
+    def _quantized_input(self, name: str, x: str) -> tuple[str, str, str]:
+        """The input as uint8, its scale and its zero point."""
+        g = self.graph
+        if self.recipe.of(name) == "int8":
+            outputs = [f"{name}.{part}" for part in ("x", "x_scale", "x_zero")]
+            quantized, scale, zero = g.ops("DynamicQuantizeLinear", outputs, x, name=f"{name}.x")
+        else:
+            scale, zero = self._input_scale(name, *self.recipe.ranges[name].unsigned())
+            quantized = g.op("QuantizeLinear", f"{name}.x", x, scale, zero)
+        return quantized, scale, zero
+
+    def _integer_product(
+        self,
+        name: str,
+        x: tuple[str, str, str],
+        biases: Sequence[str],
+        output: str,
+        part: tuple[int, int] = (0, 1),
+    ) -> str:
+        quantized, x_scale, x_zero = x
+        weight, scale = self._int8(name, part)
+        bias = ["", self._bias(name, biases, part)] if biases else []
+        return self.graph.op(
+            "MatMulIntegerToFloat",
+            output,
+            *(quantized, weight, x_scale, scale, x_zero, *bias),
+            domain=CONTRIB,
+        )
+
+    def _dynamic_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
+        g = self.graph
+        weight, scale = self._int8(name)
+        quantized, x_scale, x_zero = self._quantized_input(name, x)
+        total = g.op("MatMulInteger", f"{name}.integers", quantized, weight, x_zero)
+        total = g.op("Cast", f"{name}.floats", total, to=TensorProto.FLOAT)
+        scale = g.op("Mul", f"{name}.scales", x_scale, scale)
+        return self._add_bias(name, g.op("Mul", f"{name}.product", total, scale), biases)
+
+    def _static_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
+        g = self.graph
+        scales = self._input_scale(name, *self.recipe.ranges[name].signed())
+        x = g.op("QuantizeLinear", f"{name}.x", x, *scales)
+        x = g.op("DequantizeLinear", f"{name}.x.dequantized", x, *scales)
+        product = g.op("MatMul", f"{name}.product", x, self._int8_standard(name))
+        return self._add_bias(name, product, biases)
+
+    def _int8_standard(self, name: str) -> str:
+        return self.graph.op("DequantizeLinear", f"{name}.weight", *self._int8(name), axis=1)
+
+    def _int4_standard(self, name: str, block: int) -> str:
+        g = self.graph
+        out_size, in_size = self._shape(name)
+        make = self._int4(name, block)
+
+        def values() -> Array:
+            return integers.pack_nibbles(make()[0].reshape(out_size, in_size).T.reshape(-1))
+
+        return g.op(
+            "DequantizeLinear",
+            f"{name}.weight",
+            g.weight(f"{name}.int4", (in_size, out_size), values, TensorProto.INT4),
+            g.weight(f"{name}.scale", (in_size // block, out_size), lambda: make()[1].T),
+            axis=0,
+            block_size=block,
+        )
+
+    def _blocks(self, name: str, x: str, biases: Sequence[str], bits: int) -> str:
+        """Weights in blocks with a scale each; the arithmetic is that of the activations."""
+        g = self.graph
+        out_size, in_size = self._shape(name)
+        block = INT4_BLOCK if bits == 4 else INT8_BLOCK
+        n_blocks = -(-in_size // block)
+        make = self._int4(name, block) if bits == 4 else self._int8_blocks(name, block)
+
+        def values() -> Array:
+            integer = make()[0]
+            if bits == 4:
+                return integers.pack_nibbles(integer + 8)
+            return (integer.astype(np.int16) + 128).astype(np.uint8)
+
+        weight = g.weight(
+            f"{name}.int{bits}", (out_size, n_blocks, block * bits // 8), values, TensorProto.UINT8
+        )
+        scale = g.weight(f"{name}.scale", (out_size, n_blocks), lambda: make()[1])
+        bias = ["", "", self._bias(name, biases)] if biases else []
+        return g.op(
+            "MatMulNBits",
+            f"{name}.product",
+            *(x, weight, scale, *bias),
+            domain=CONTRIB,
+            K=in_size,
+            N=out_size,
+            bits=bits,
+            block_size=block,
+            accuracy_level=_ACCURACY_INT8,
+        )
+
+    def _int8(self, name: str, part: tuple[int, int] = (0, 1)) -> tuple[str, str]:
+        """Names of the weight (in, out) in int8 and of its scales (out,), or of a part of both."""
+        out_size, in_size = self._shape(name)
+        rows, label = _rows(out_size, part)
+        n_rows = out_size // part[1]
+
+        def make() -> tuple[Array, Float32]:
+            return self._once(name, lambda: integers.int8_channels(self._matrix(name)))
+
+        return (
+            self.graph.weight(
+                f"{name}{label}.int8",
+                (in_size, n_rows),
+                lambda: make()[0][rows].T,
+                TensorProto.INT8,
+            ),
+            self.graph.weight(f"{name}{label}.scale", (n_rows,), lambda: make()[1][rows]),
+        )
+
+    def _int4(self, name: str, block: int) -> Callable[[], tuple[Array, Float32]]:
+        importance = self.recipe.importance.get(name)
+        return lambda: self._once(
+            name, lambda: integers.int4_blocks(self._matrix(name), block, importance)
+        )
+
+    def _int8_blocks(self, name: str, block: int) -> Callable[[], tuple[Array, Float32]]:
+        return lambda: self._once(name, lambda: integers.int8_blocks(self._matrix(name), block))
+
+    def _once(self, name: str, make: Callable[[], tuple[Array, Float32]]) -> tuple[Array, Float32]:
+        """Integers and scales are written one after the other: hold one product's, no more."""
+        if self._latest[0] != name:
+            self._latest = ("", None)
+            self._latest = (name, make())
+        found: tuple[Array, Float32] = self._latest[1]
+        return found
+
+    def _input_scale(self, name: str, scale: np.float32, zero: np.integer[Any]) -> tuple[str, str]:
+        kind = TensorProto.UINT8 if isinstance(zero, np.uint8) else TensorProto.INT8
+        return (
+            self.graph.constant(f"{name}.x_scale", scale),
+            self.graph.weight(f"{name}.x_zero", (), lambda: np.asarray(zero), kind),
+        )
+
+    def _add_bias(self, name: str, product: str, biases: Sequence[str]) -> str:
+        if not biases:
+            return product
+        return self.graph.op("Add", f"{name}.sum", product, self._bias(name, biases))
+
+    def _bias(self, name: str, biases: Sequence[str], part: tuple[int, int] = (0, 1)) -> str:
+        out_size = self._shape(name)[0]
+        rows, label = _rows(out_size, part)
+
+        def load() -> Float32:
+            stored = [self.checkpoint[f"{VISION}{bias}"].read() for bias in biases]
+            return self.recipe.vector(np.concatenate(stored), name)[rows]
+
+        return self.graph.weight(f"{name}{label}.bias", (out_size // part[1],), load)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        out_size, in_size = self.checkpoint[f"{VISION}{name}.weight"].shape
+        return out_size, in_size
+
+    def _matrix(self, name: str) -> Float32:
+        return self.recipe.matrix(self.checkpoint, name)
+
+
+def _rows(out_size: int, part: tuple[int, int]) -> tuple[slice, str]:
+    """Rows of a weight that part (index, number of parts) has, and what its name ends with."""
+    index, n_parts = part
+    n_rows = out_size // n_parts
+    return slice(index * n_rows, (index + 1) * n_rows), f".{index}" if n_parts > 1 else ""
+
+
+def _standard_block(in_size: int) -> int | None:
+    """A block that divides the inputs, as engines other than onnxruntime ask for."""
+    return next((block for block in (INT4_BLOCK, INT4_BLOCK // 2) if in_size % block == 0), None)

@@ -1,0 +1,1 @@
+"""How close the written files are to the checkpoint."""

@@ -1,0 +1,156 @@
+"""How close a decoder file answers to the checkpoint, position by position.
+
+Both see the same prompts, pictures included, and are compared wherever text follows: there the
+model has to predict a token; inside a picture it never does. llama.cpp runs in a process of its
+own, and no more than the logits of one batch are held.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.proof.prompts import Prompt
+from edge_vlm_export.steps.apart import run_apart
+
+Float64 = npt.NDArray[np.float64]
+_POSITIONS_AT_ONCE = 128  # for which the reference's logits are computed
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One number for each compared position; likelihoods are in nats."""
+
+    divergence: Float64  # Kullback-Leibler, of the file's distribution from the checkpoint's
+    same_top: npt.NDArray[np.bool_]
+    nll_reference: Float64  # of the token that follows
+    nll: Float64
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The file's perplexity over the checkpoint's."""
+        return float(np.exp(self.nll.mean() - self.nll_reference.mean()))
+
+
+def compare(
+    gguf: Path,
+    checkpoint: Path,
+    prompts: Sequence[Prompt],
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Fidelity:
+    """Compare a decoder file with the checkpoint it was made from.
+
+    Args:
+        gguf: the file.
+        checkpoint: the folder.
+        prompts: what both compute.
+        threads: for llama.cpp.
+        progress: called with steps done and their total.
+
+    Raises:
+        EdgeVLMError: llama.cpp cannot load or run the file.
+    """
+    from edge_vlm_export.checkpoint.tensors import Checkpoint
+    from edge_vlm_export.families.jina_vlm.config import read_settings
+
+    settings = read_settings(checkpoint)
+    reference = Reference(Checkpoint.open(checkpoint), settings)
+    n_layers = settings.text.n_layers
+    total = n_layers + len(prompts)
+    hidden = reference.run(
+        [prompt.inputs(reference) for prompt in prompts],
+        [prompt.targets >= 0 for prompt in prompts],
+        progress=lambda layers: progress(layers, total),
+    )
+    with tempfile.TemporaryDirectory(prefix="edge-vlm-") as folder:
+        data, result = Path(folder) / "prompts.npz", Path(folder) / "result.npz"
+        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        for index, (prompt, rows) in enumerate(zip(prompts, hidden, strict=True)):
+            arrays |= {f"ids{index}": prompt.ids, f"rows{index}": prompt.rows}
+            arrays[f"hidden{index}"] = rows
+        with data.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs want its own keywords
+        run_apart(
+            "proof.fidelity:compare_here",
+            {
+                "gguf": str(gguf),
+                "checkpoint": str(checkpoint.resolve()),
+                "data": str(data),
+                "n_prompts": len(prompts),
+                "threads": threads,
+                "result": str(result),
+            },
+            lambda done, _: progress(n_layers + done, total),
+        )
+        with np.load(result) as found:
+            return Fidelity(
+                divergence=found["divergence"],
+                same_top=found["same_top"],
+                nll_reference=found["nll_reference"],
+                nll=found["nll"],
+            )
+
+
+def compare_here(
+    progress: Callable[[int, int], None],
+    *,
+    gguf: str,
+    checkpoint: str,
+    data: str,
+    n_prompts: int,
+    threads: int,
+    result: str,
+) -> None:
+    """``compare`` in this process, from files to a file."""
+    from edge_vlm_export.checkpoint.tensors import Checkpoint
+    from edge_vlm_export.families.jina_vlm.config import read_settings
+    from edge_vlm_export.proof.logits import Run, loaded
+
+    folder = Path(checkpoint)
+    reference = Reference(Checkpoint.open(folder), read_settings(folder))
+    parts: list[tuple[float, bool, float, float]] = []
+    with np.load(data) as arrays, loaded(Path(gguf), vocab_only=False) as model:
+        prompts = [Prompt(arrays[f"ids{i}"], arrays[f"rows{i}"]) for i in range(n_prompts)]
+        run = Run(model, max(len(prompt.ids) for prompt in prompts), threads)
+        try:
+            for index, prompt in enumerate(prompts):
+                hidden, targets = arrays[f"hidden{index}"], prompt.targets
+                wanted = targets >= 0
+                exact: list[npt.NDArray[np.float32]] = []
+                for n, (position, logits) in enumerate(run.logits(prompt.ids, prompt.rows, wanted)):
+                    if not exact:
+                        exact = list(reference.logits(hidden[n : n + _POSITIONS_AT_ONCE]))
+                    parts.append(distance(exact.pop(0), logits, int(targets[position])))
+                progress(index + 1, n_prompts)
+        finally:
+            run.close()
+    divergence, same_top, nll_reference, nll = map(np.array, zip(*parts, strict=True))
+    np.savez(result, divergence=divergence, same_top=same_top, nll_reference=nll_reference, nll=nll)
+
+
+def distance(
+    exact: npt.NDArray[np.float32], logits: npt.NDArray[np.float32], target: int
+) -> tuple[float, bool, float, float]:
+    """Divergence, same best id, and both negative log-likelihoods of ``target``.
+
+    ``logits`` may go on with ids that are only read; they are left out.
+    """
+    wanted = _log_softmax(exact)
+    found = _log_softmax(logits[: len(exact)])
+    divergence = float(np.sum(np.exp(wanted) * (wanted - found)))
+    same = bool(np.argmax(exact) == np.argmax(logits[: len(exact)]))
+    return max(divergence, 0.0), same, float(-wanted[target]), float(-found[target])
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> Float64:
+    shifted: Float64 = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted

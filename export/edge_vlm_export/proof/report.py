@@ -1,0 +1,93 @@
+"""The report of an export: how close the written files are to the checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
+from edge_vlm_export.decoder.quantizer import Stored
+from edge_vlm_export.proof.fidelity import compare
+from edge_vlm_export.proof.prompts import Prompt, PromptMaker
+from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_samples, split
+
+ENOUGH_POSITIONS = 512  # of held-out prompts when nothing is calibrated
+MAX_LIKELIHOOD = 600.0  # nats; keeps a perplexity finite
+_UNUSED = ("f32",)  # norms, which no type but f32 stores
+
+
+def source_name(calibrate: str | Path | None) -> str:
+    """How a report calls the samples: a folder's path says too much about a machine."""
+    return BUILTIN if calibrate is None or str(calibrate) == BUILTIN else "folder"
+
+
+def measuring_prompts(
+    samples: Sequence[Sample] | None,
+    maker: PromptMaker,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Prompt]:
+    """Held-out prompts to compare decoders on.
+
+    Without samples, as many built-in ones as ``ENOUGH_POSITIONS`` takes: one with the released
+    sizes, several with a small model. With samples, all their held-out ones.
+    """
+    held_out = split(samples)[1] if samples is not None else []
+    chosen = held_out or split(builtin_samples())[1]
+    prompts: list[Prompt] = []
+    for sample in chosen:
+        prompts.append(maker.make(sample))
+        progress(len(prompts), len(chosen))
+        if not held_out and sum(len(prompt.ids) for prompt in prompts) >= ENOUGH_POSITIONS:
+            break
+    progress(len(prompts), len(prompts))
+    return prompts
+
+
+def decoder_report(
+    gguf: Path,
+    checkpoint: Path,
+    prompts: Sequence[Prompt],
+    *,
+    source: str,
+    max_divergence: float,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DecoderReport:
+    """Compare ``gguf`` with the checkpoint.
+
+    Raises:
+        EdgeVLMError: llama.cpp cannot load or run it.
+    """
+    found = compare(gguf, checkpoint, prompts, threads=threads, progress=progress)
+    return DecoderReport(
+        source=source,
+        n_prompts=len(prompts),
+        n_positions=len(found.divergence),
+        divergence_mean=float(found.divergence.mean()),
+        divergence_worst=float(np.quantile(found.divergence, 0.99)),
+        same_top=float(found.same_top.mean()),
+        perplexity=float(np.exp(min(found.nll.mean(), MAX_LIKELIHOOD))),
+        perplexity_ratio=min(found.perplexity_ratio, 1e300),
+        max_divergence=max_divergence,
+    )
+
+
+def decoder_file(
+    n_bytes: int, tensors: Sequence[Stored], calibration: Calibration | None
+) -> DecoderFile:
+    """Types and sizes of what is stored."""
+    weights = [tensor for tensor in tensors if tensor.type not in _UNUSED] or tensors
+    counts = Counter(tensor.type for tensor in tensors)
+    usual = Counter(tensor.type for tensor in weights).most_common(1)[0][0]
+    bits = {tensor.type: 8 * tensor.n_bytes / tensor.n_values for tensor in weights}
+    kept = [tensor.name for tensor in weights if bits[tensor.type] > bits[usual]]
+    return DecoderFile(
+        n_bytes=n_bytes,
+        bits_per_weight=8 * sum(t.n_bytes for t in tensors) / sum(t.n_values for t in tensors),
+        types=dict(counts.most_common()),
+        kept=tuple(kept),
+        calibration=calibration,
+    )

@@ -1,0 +1,1 @@
+"""Pictures and conversations to calibrate and measure with."""

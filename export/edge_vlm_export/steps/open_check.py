@@ -1,0 +1,76 @@
+"""Opens a finished bundle with the libraries that will run it, before it gets its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.errors import EdgeVLMError
+from edge_vlm.machine.process import import_onnxruntime
+from edge_vlm_export.proof.logits import silent_llama
+
+
+def verify_bundle(folder: Path) -> None:
+    """Check manifest and files, load the graph in onnxruntime and the vocabulary in llama.cpp.
+
+    Raises:
+        EdgeVLMError: one of them refuses what was written, which is a fault of the exporter.
+    """
+    bundle = Bundle.open(folder)
+    try:
+        _verify_vision(bundle)
+        _verify_decoder(bundle)
+    except EdgeVLMError as error:
+        raise EdgeVLMError(f"the written bundle does not work: {error}") from error
+
+
+def _verify_vision(bundle: Bundle) -> None:
+    onnxruntime = import_onnxruntime()
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Without optimization: faster, and weights are not copied.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(
+            str(bundle.file(VISION_NAME)), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise EdgeVLMError(f"onnxruntime cannot load {VISION_NAME} ({error})") from error
+    images, hidden = bundle.manifest.image_processor, bundle.manifest.decoder.hidden_size
+    # Fixed to one crop for engines that need it, else open.
+    n_crops = 1 if session.get_inputs()[0].shape[0] == 1 else "n_crops"
+    expected = {
+        "crops": [n_crops, *images.crop_shape],
+        "is_last": [n_crops],
+        "embeddings": [n_crops, images.tokens_per_crop, hidden],
+        "marker_embeddings": [3, hidden],
+    }
+    values = [*session.get_inputs(), *session.get_outputs()]
+    found = {value.name: value.shape for value in values}
+    if found != expected:
+        raise EdgeVLMError(f"{VISION_NAME} has {found}, expected {expected}")
+
+
+def _verify_decoder(bundle: Bundle) -> None:
+    import llama_cpp
+
+    decoder, tokens = bundle.manifest.decoder, bundle.manifest.tokens
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    with silent_llama():
+        model = llama_cpp.llama_model_load_from_file(
+            str(bundle.file(DECODER_NAME)).encode(), params
+        )
+    if not model:
+        raise EdgeVLMError(f"llama.cpp cannot load {DECODER_NAME}")
+    try:
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        n_ids = llama_cpp.llama_vocab_n_tokens(vocab)
+        if n_ids != decoder.vocab_size + decoder.additional_vocab_size:
+            raise EdgeVLMError(f"{DECODER_NAME} has {n_ids} tokens in llama.cpp")
+        for text, token in tokens.special.items():
+            if llama_cpp.llama_vocab_get_text(vocab, token) != text.encode():
+                raise EdgeVLMError(f"{DECODER_NAME} does not give id {token} to {text}")
+    finally:
+        llama_cpp.llama_model_free(model)

@@ -1,0 +1,1 @@
+"""Random checkpoints and bundles in the released layout."""

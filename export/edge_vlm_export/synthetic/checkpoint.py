@@ -1,0 +1,278 @@
+"""A random checkpoint in the released layout, at full size, written one block at a time.
+
+It lets a device be measured, and an export be rehearsed, before five gigabytes are downloaded. The
+sizes, names, shapes and ids are the released model's; the values are normal random numbers whose
+spread keeps every activation finite: 1 / sqrt(inputs) for a matmul, and less where a block adds to
+the residual stream. What such a model answers means nothing.
+
+Qwen's vocabulary is not part of this package, so the tokenizer is made up too, unless the folder
+that the settings come from has one: see ``synthetic_tokenizer.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from edge_vlm.errors import CheckpointError, InputError
+from edge_vlm_export.checkpoint.json_file import read_json
+from edge_vlm_export.checkpoint.tensors import INDEX_NAME, WEIGHTS_NAME, Float32, Shape
+from edge_vlm_export.checkpoint.tokenizer import TOKENIZER_NAME
+from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
+from edge_vlm_export.families.jina_vlm.layout import (
+    EMBEDDING,
+    HEAD,
+    NEW_EMBEDDING,
+    TEXT,
+    VISION,
+    dead_vision_shapes,
+    text_bias_shapes,
+    text_shapes,
+    vision_shapes,
+)
+from edge_vlm_export.steps.folder import check_space, check_target, staged
+from edge_vlm_export.synthetic.tokenizer import tokenizer_files
+
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+
+CONFIGS = ("jina-vlm", "demo")
+SETTINGS_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json")
+SHARD_BYTES = 2 * 10**9
+BLOCK_VALUES = 1 << 22  # random values drawn at a time: 16 MiB of float32
+BYTES_PER_VALUE = 2  # bfloat16
+
+HEAD_GAIN = 3.0  # logits of a trained model spread about this wide
+TIED_GAIN = 0.25
+NORM_SPREAD = 0.1  # of norm weights around 1
+SMALL = 0.02  # biases and position embeddings
+
+
+def synthesize(
+    config: str | Path,
+    out: Path,
+    *,
+    layers: int | None = None,
+    vision_layers: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a random bfloat16 checkpoint to the new folder ``out``.
+
+    Args:
+        config: "jina-vlm", "demo", or a folder with a checkpoint's settings files.
+        out: Folder to create; its parent has to exist.
+        layers: Decoder layers, where fewer or more than the config's are wanted.
+        vision_layers: Layers of the vision tower, likewise.
+        seed: The same seed, name and shape give the same tensor.
+        progress: Called with "weights", the bytes done and the bytes in total. An exception it
+            raises stops the work and leaves nothing behind.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: the settings files are missing, malformed or not supported.
+        InputError: ``out`` exists or the disk lacks room.
+        EdgeVLMError: writing failed.
+    """
+    out, source = Path(out), config_folder(config)
+    check_target(out, overwrite=False)
+    with staged(out, overwrite=False) as folder:
+        _write_settings(source, folder, layers, vision_layers)
+        settings = read_settings(folder)
+        _write_tokenizer(source, folder, settings, seed)
+        shapes = tensor_shapes(settings)
+        total = sum(BYTES_PER_VALUE * math.prod(shape) for shape in shapes.values())
+        check_space(out.parent, total)
+        done = 0
+
+        def written(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress("weights", done, total)
+
+        written(0)
+        _write_weights(folder, shapes, settings, seed, written)
+    return out
+
+
+def config_folder(config: str | Path) -> Path:
+    """The folder with the settings files of a name in ``CONFIGS``, or the folder given.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    package = Path(__file__).parents[1]
+    places = [Path(config)]
+    if str(config) == "jina-vlm":
+        places = [package / "configs" / "jina-vlm"]
+    elif str(config) == "demo":  # shipped beside the others, or in a source checkout
+        places = [package / "configs" / "demo", package.parents[1] / "models/demo/checkpoint"]
+    for folder in places:
+        if folder.is_dir():
+            return folder
+    raise InputError(f"{config}: is neither {' nor '.join(CONFIGS)} nor a folder")
+
+
+def tensor_shapes(settings: Settings) -> dict[str, Shape]:
+    """Name and shape of every tensor of a checkpoint, in the order they are stored."""
+    vision = vision_shapes(settings.vision, settings.image_processor)
+    vision |= dead_vision_shapes(settings.vision)
+    text = text_shapes(settings.text) | text_bias_shapes(settings.text)
+    shapes = vision | text
+    if not any(settings.tie_word_embeddings):
+        shapes[HEAD] = (settings.text.vocab_size, settings.text.hidden_size)
+    return shapes
+
+
+def _write_settings(
+    source: Path, folder: Path, layers: int | None, vision_layers: int | None
+) -> None:
+    for name in SETTINGS_FILES:
+        if not (source / name).is_file():
+            raise CheckpointError(f"{source / name}: is missing")
+        (folder / name).write_bytes((source / name).read_bytes())
+    config = dict(read_json(folder / "config.json").data)
+    for key, count in (("text_config", layers), ("vision_config", vision_layers)):
+        part = config.get(key)
+        if isinstance(part, dict):
+            part["dtype"] = "bfloat16"
+            for name in ("n_layers", "num_hidden_layers"):
+                if count is not None and name in part:
+                    part[name] = count
+    config["dtype"] = "bfloat16"
+    _write_json(folder / "config.json", config)
+
+
+def _write_tokenizer(source: Path, folder: Path, settings: Settings, seed: int) -> None:
+    if (source / TOKENIZER_NAME).is_file():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
+        return
+    generation = read_json(folder / "generation_config.json")
+    end_of_text = generation.integer("bos_token_id", 0, settings.text.vocab_size)
+    for name, content in tokenizer_files(settings.text.vocab_size, end_of_text, seed).items():
+        _write_json(folder / name, content, indent=None if name == TOKENIZER_NAME else 2)
+
+
+def _write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    settings: Settings,
+    seed: int,
+    written: Callable[[int], None],
+) -> None:
+    shards = list(_shards(shapes))
+    names = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        n = len(shards)
+        names = [f"model-{index + 1:05d}-of-{n:05d}.safetensors" for index in range(n)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard, settings, seed, written)
+    if len(shards) > 1:
+        weight_map = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        n_values = sum(math.prod(shape) for shape in shapes.values())
+        sizes = {"total_parameters": n_values, "total_size": BYTES_PER_VALUE * n_values}
+        content = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX_NAME, content)
+
+
+def _shards(shapes: Mapping[str, Shape]) -> Iterator[dict[str, Shape]]:
+    """Consecutive tensors in groups of at most ``SHARD_BYTES``, or one larger tensor."""
+    shard: dict[str, Shape] = {}
+    size = 0
+    for name, shape in shapes.items():
+        n_bytes = BYTES_PER_VALUE * math.prod(shape)
+        if shard and size + n_bytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = shape
+        size += n_bytes
+    yield shard
+
+
+def _write_shard(
+    path: Path,
+    shapes: Mapping[str, Shape],
+    settings: Settings,
+    seed: int,
+    written: Callable[[int], None],
+) -> None:
+    """The format is described in ``checkpoint.py``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + BYTES_PER_VALUE * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            for block in random_values(name, shape, settings, seed):
+                stored = block.astype(ml_dtypes.bfloat16)
+                file.write(stored.view(np.uint16).data)
+                written(stored.nbytes)
+
+
+def random_values(name: str, shape: Shape, settings: Settings, seed: int) -> Iterator[Float32]:
+    """The values of a tensor of that name and shape in order, in flat blocks of float32."""
+    mean, std = _distribution(name, shape, settings)
+    # From the name, so that a tensor does not depend on what is written before it.
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    left = math.prod(shape)
+    while left:
+        block = np.zeros(min(left, BLOCK_VALUES), np.float32)
+        if std:
+            generator.standard_normal(out=block, dtype=np.float32)
+            block *= np.float32(std)
+        block += np.float32(mean)
+        yield block
+        left -= block.size
+
+
+def _distribution(name: str, shape: Shape, settings: Settings) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's values."""
+    if name in text_bias_shapes(settings.text):
+        return 0.0, 0.0
+    if name in (EMBEDDING, NEW_EMBEDDING):
+        # A tied table of ordinary spread would make every token its own likeliest successor.
+        tied = any(settings.tie_word_embeddings)
+        return 0.0, TIED_GAIN / math.sqrt(shape[1]) if tied else 1.0
+    if "lnorm.weight" in name or name == f"{TEXT}ln_f.weight":
+        return 1.0, NORM_SPREAD
+    if len(shape) == 1 or name.endswith(("pos_embed", "pad_embed")):
+        return 0.0, SMALL
+    std = 1 / math.sqrt(shape[1])
+    if name == HEAD:
+        std *= HEAD_GAIN
+    elif name.startswith((f"{TEXT}layers.", f"{VISION}layers.")) and name.endswith(
+        ("attn.out.weight", "ffn.down.weight")
+    ):
+        part = settings.text if name.startswith(TEXT) else settings.vision
+        std /= math.sqrt(2 * part.n_layers)
+    return 0.0, std

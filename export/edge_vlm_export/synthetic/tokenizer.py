@@ -1,0 +1,139 @@
+"""A byte-level BPE of any size, with Qwen2's splitting rule and the released special tokens.
+
+Its merges are made up: pieces of two letters, of three, then pairs of two-letter pieces in a random
+order, each with and without the space in front, until the vocabulary is full. English takes about
+twice as many tokens as with a trained vocabulary of this size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice, product
+from string import ascii_lowercase, ascii_uppercase
+from typing import Any
+
+from edge_vlm.errors import InputError
+from edge_vlm_export.checkpoint.tokenizer import SPLITS, TOKENIZER_NAME, byte_alphabet
+
+END_OF_TEXT = "<|endoftext|>"
+TEXT_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>", "<im_slice>")
+MAX_MERGES = 26**2 + 2 * 26 + 2 * 26**2 + 26**3 + 2 * 26**4  # what ``_pairs`` yields
+SPACE = "\u0120"  # how a byte-level vocabulary writes a space
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
+
+
+def tokenizer_files(vocab_size: int, end_of_text: int, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Content of ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+
+    Ids below ``end_of_text`` are bytes and merges, those up to ``vocab_size`` control tokens, and
+    the image tokens follow.
+
+    Raises:
+        InputError: the sizes leave no room for bytes or control tokens, or ask for more merges than
+            there are.
+    """
+    texts = list(TEXT_TOKENS)
+    n_extra = vocab_size - end_of_text - len(texts)
+    if not 256 <= end_of_text <= 256 + MAX_MERGES or n_extra < 0:
+        raise InputError(f"no tokenizer has {vocab_size} ids with {END_OF_TEXT} at {end_of_text}")
+    texts += [f"|<EXTRA_TOKENS_{index}>|" for index in range(n_extra)]
+    special = {text: end_of_text + index for index, text in enumerate([*texts, *IMAGE_TOKENS])}
+    return {
+        TOKENIZER_NAME: _tokenizer(_vocabulary(end_of_text, seed), special),
+        "tokenizer_config.json": _config(special),
+        "special_tokens_map.json": {
+            "additional_special_tokens": [_token(text) for text in special if text != END_OF_TEXT],
+            **{f"{role}_token": _token(END_OF_TEXT) for role in ("bos", "eos", "pad")},
+        },
+    }
+
+
+def _vocabulary(size: int, seed: int) -> tuple[dict[str, int], list[list[str]]]:
+    """``size`` tokens with their ids, and the merges that make all but the 256 bytes."""
+    vocabulary = {text: index for index, text in enumerate(byte_alphabet())}
+    merges: list[list[str]] = []
+    pairs = _pairs(random.Random(seed))  # noqa: S311 - made up, not secret
+    for pair in islice(pairs, size - len(vocabulary)):
+        vocabulary["".join(pair)] = len(vocabulary)
+        merges.append(list(pair))
+    return vocabulary, merges
+
+
+def _pairs(order: random.Random) -> Iterator[tuple[str, str]]:
+    """Pairs of known tokens; no two make the same text."""
+    letters = ascii_lowercase
+    two = ["".join(pair) for pair in product(letters, repeat=2)]
+    yield from product(letters, letters)
+    yield from product([SPACE], ascii_uppercase + letters)
+    yield from product(ascii_uppercase, letters)
+    yield from product([SPACE], two)
+    yield from product(two, letters)
+    four = list(product(two, two))
+    order.shuffle(four)
+    for left, right in four:
+        yield left, right
+        yield f"{SPACE}{left}", right
+
+
+def _tokenizer(
+    model: tuple[dict[str, int], list[list[str]]], special: dict[str, int]
+) -> dict[str, Any]:
+    vocabulary, merges = model
+    split = {"type": "Split", "pattern": {"Regex": SPLITS[0]}, "behavior": "Isolated"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": number, **_token(text), "special": True} for text, number in special.items()
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{**split, "invert": False}, BYTE_LEVEL],
+        },
+        "post_processor": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+
+
+def _config(special: dict[str, int]) -> dict[str, Any]:
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(number): {**_token(text), "special": True} for text, number in special.items()
+        },
+        "additional_special_tokens": [text for text in special if text != END_OF_TEXT],
+        **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")},
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
+def _token(text: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": text, **flags}

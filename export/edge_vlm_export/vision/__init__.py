@@ -1,0 +1,1 @@
+"""vision.onnx: calibrated, quantized within a budget, written, measured."""

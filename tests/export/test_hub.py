@@ -1,0 +1,276 @@
+"""Downloads with the hub's own client, from a server on loopback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import huggingface_hub.utils._http
+import pytest
+from edge_vlm_export.checkpoint import hub as module
+from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
+from tests.conftest import GOLDEN
+from tests.hub_server import COMMIT, Hub, etag, serve
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+NAME = HubName("owner/model")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits between tries; and it would send the user's token."""
+    clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    for part in (huggingface_hub.file_download, huggingface_hub.utils._http):
+        monkeypatch.setattr(part, "time", clock)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    with serve(Hub(GOLDEN / "tiny-126-tied" / "checkpoint")) as served:
+        served.files["README.md"] = b"---\nlicense: cc-by-nc-4.0\n---\n"
+        served.files["pytorch_model.bin"] = b"not needed"
+        yield served
+
+
+@pytest.fixture
+def download(hub: Hub, tmp_path: Path) -> Callable[..., Path]:
+    def call(name: HubName = NAME, **options: Any) -> Path:
+        return fetch(name, endpoint=hub.url, cache=tmp_path / "cache", **options)
+
+    return call
+
+
+def test_a_complete_download_has_what_an_export_reads(
+    hub: Hub, download: Callable[..., Path]
+) -> None:
+    lines: list[str] = []
+    seen: list[tuple[str, int, int]] = []
+    folder = download(notice=lines.append, progress=lambda *step: seen.append(step))
+    assert folder.as_posix().endswith(f"models--owner--model/snapshots/{COMMIT}")
+    names = {path.name for path in folder.iterdir()}
+    assert names == set(hub.files) - {"pytorch_model.bin"}
+    assert all((folder / name).read_bytes() == hub.files[name] for name in names)
+    total = sum(len(hub.files[name]) for name in names)
+    assert ("download", total, total) in seen
+    assert all(done <= all_ for _, done, all_ in seen)
+    assert len(lines) == 1
+    assert "1.1 MB to download" in lines[0]
+
+    hub.requests.clear()
+    assert download() == folder
+    assert hub.fetched(SHARDS[0]) == []
+
+
+def test_export_by_name(hub: Hub, tmp_path: Path) -> None:
+    hub.token = "secret"  # noqa: S105
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "secret",
+    }
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-c", "from edge_vlm.cli import main; main()", "export"]
+    arguments = ["--out", str(out), "--vision", "fp32", "--decoder", "f32"]
+
+    def export(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, name, *arguments, *more], capture_output=True, text=True, env=environment
+        )
+
+    done = export("owner/model@main")
+    assert done.returncode == 0, done.stderr
+    assert "to download" in done.stderr
+    model = Bundle.open(out).manifest.model
+    assert (model.name, model.revision) == ("owner/model", COMMIT)
+    assert model.license == "cc-by-nc-4.0"
+
+    environment["HF_TOKEN"] = "wrong"  # noqa: S105
+    refused = export("owner/model", "--force")
+    assert refused.returncode == 2
+    assert "HF_TOKEN" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    offline = export("owner/model", "--force", "--offline")
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_an_interrupted_download_goes_on(hub: Hub, download: Callable[..., Path]) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > 200_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(progress=stop)
+    assert hub.fetched(SHARDS[0]) == [None]
+    folder = download()
+    ranges = hub.fetched(SHARDS[0])
+    assert len(ranges) == 2
+    assert ranges[1] is not None
+    assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 100_000
+    assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+    assert not list(folder.parents[1].rglob("*.partial"))
+
+
+def test_a_broken_connection_and_a_later_try(hub: Hub, download: Callable[..., Path]) -> None:
+    hub.stop_after[SHARDS[1]] = 300_000
+    with pytest.raises(EdgeVLMError, match="continues where it stopped") as caught:
+        download()
+    assert caught.value.exit_code == 1
+    hub.stop_after.clear()
+    hub.requests.clear()
+    folder = download()
+    assert hub.fetched(SHARDS[0]) == []
+    (position,) = hub.fetched(SHARDS[1])
+    assert position is not None
+    assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "config.json"])
+def test_a_wrong_checksum(name: str, hub: Hub, download: Callable[..., Path]) -> None:
+    content = hub.files[name]
+    hub.sent[name] = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+    with pytest.raises(CheckpointError, match=f"{name} has another checksum"):
+        download()
+    hub.sent.clear()
+    folder = download()
+    assert (folder / name).read_bytes() == content
+
+
+def test_a_file_that_changed_in_the_cache(hub: Hub, download: Callable[..., Path]) -> None:
+    blob = (download() / SHARDS[1]).resolve()
+    assert blob.name == etag(SHARDS[1], hub.files[SHARDS[1]])
+    blob.write_bytes(bytes(blob.stat().st_size))
+    with pytest.raises(CheckpointError, match="another checksum"):
+        download()
+    assert (download() / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", SHARDS[1], "model.safetensors.index.json"]
+)
+def test_a_missing_file(name: str, hub: Hub, download: Callable[..., Path]) -> None:
+    del hub.files[name]
+    with pytest.raises(CheckpointError, match=rf"owner/model: has no {name} on the hub"):
+        download()
+    assert hub.fetched(SHARDS[0]) == []  # noticed before anything large is fetched
+
+
+def test_no_space_is_noticed_beforehand(
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(InputError, match=r"are needed, 1\.0 MB are free"):
+        download()
+    assert hub.fetched(SHARDS[0]) == []
+
+
+def test_no_space_for_the_bundle_is_noticed_before_the_download(
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[set[str]] = []
+
+    def later(folder: Path) -> int:
+        asked.append({path.name for path in folder.iterdir()})
+        return 2 * 10**9
+
+    for free, enough in ((2 * 10**9, False), (3 * 10**9, True)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        if not enough:
+            with pytest.raises(InputError, match=r"2\.\d+ GB are needed, 2\.00 GB are free"):
+                download(then=(tmp_path, later))
+            assert hub.fetched(SHARDS[0]) == []
+            assert {"config.json", "preprocessor_config.json"} <= asked[0]
+        else:
+            assert download(then=(tmp_path, later)).is_dir()
+
+
+def test_a_disk_that_fills_up(
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(module._Counted):
+        def write(self, data: Any) -> int:
+            if self.tell() > 200_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_Counted", Full)
+        with pytest.raises(EdgeVLMError, match="no space left"):
+            download()
+    download()
+    assert hub.fetched(SHARDS[0])[-1] is not None
+
+
+def test_offline(hub: Hub, download: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="downloads are off"):
+        download(offline=True)
+    hub.stop_after[SHARDS[1]] = 300_000
+    with pytest.raises(EdgeVLMError):
+        download()
+    with pytest.raises(InputError, match="was not finished"):
+        download(offline=True)
+    hub.stop_after.clear()
+    folder = download()
+    hub.requests.clear()
+    assert download(offline=True) == folder
+    assert download(HubName("owner/model", COMMIT), offline=True) == folder
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "failure", "kind", "message"),
+    [
+        (HubName("owner/nothing"), None, InputError, "no such model"),
+        (HubName("owner/model", "v9"), None, InputError, "has no revision v9"),
+        (NAME, (403, "GatedRepo"), InputError, "terms"),
+        (NAME, (403, ""), InputError, "refuses access"),
+        (NAME, (500, ""), EdgeVLMError, "the hub failed"),
+    ],
+)
+def test_refusals_are_one_line(
+    name: HubName,
+    failure: tuple[int, str] | None,
+    kind: type[EdgeVLMError],
+    message: str,
+    hub: Hub,
+    download: Callable[..., Path],
+) -> None:
+    hub.failure = failure
+    with pytest.raises(EdgeVLMError, match=message) as caught:
+        download(name)
+    assert type(caught.value) is kind
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_network(tmp_path: Path) -> None:
+    with pytest.raises(EdgeVLMError, match="--offline uses an earlier download") as caught:
+        fetch(NAME, endpoint="http://127.0.0.1:9", cache=tmp_path)
+    assert caught.value.exit_code == 1
+
+
+def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_source("jinaai/jina-vlm") == HubName("jinaai/jina-vlm")
+    assert parse_source("jinaai/jina-vlm@v1.0") == HubName("jinaai/jina-vlm", "v1.0")
+    assert str(HubName("a/b", "c")) == "a/b@c"
+    for text in ("./jinaai/jina-vlm", "/a/b", "folder", "a/b/c", "../x", "a/..", "a/b@../c", "a/"):
+        assert parse_source(text) == Path(text)
+    Path("jinaai/jina-vlm").mkdir(parents=True)
+    assert parse_source("jinaai/jina-vlm") == Path("jinaai/jina-vlm")
