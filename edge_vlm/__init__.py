@@ -15,10 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_vlm.answering.answer import Answer, Timings
+    from edge_vlm.answering.answer import Answer, AskOptions, Timings
     from edge_vlm.answering.chat import Chat, Stream
     from edge_vlm.answering.model import EdgeVLM
-    from edge_vlm.answering.options import AskOptions
     from edge_vlm.errors import (
         BudgetError,
         BundleError,
@@ -63,10 +62,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "answering.answer": ("Answer", "Timings"),
+    "answering.answer": ("Answer", "AskOptions", "Timings"),
     "answering.chat": ("Chat", "Stream"),
     "answering.model": ("EdgeVLM",),
-    "answering.options": ("AskOptions",),
     "machine.settings": ("MachineSettings",),
     "pictures.picture": ("EncodedImage", "ImageUse"),
     "progress": ("CancelToken", "Progress"),

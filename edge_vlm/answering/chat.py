@@ -3,130 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from edge_vlm.answering.answer import Answer
+from edge_vlm.answering.answer import Answer, AskKeywords, AskOptions
 from edge_vlm.answering.conversation import Conversation
-from edge_vlm.answering.options import AskOptions
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.progress import CancelToken, OnProgress
 from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
 
-_Self = TypeVar("_Self", bound="Closing")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Self = TypeVar("Self", bound="Closing")
 
 
 class Closing:
     """``with`` closes."""
 
     def close(self) -> None:
-        raise AttributeError("close")
+        """Free what is held."""
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-class Chat(Closing):
-    """A conversation; made by ``EdgeVLM.chat``. Use it from one thread at a time."""
-
-    def __init__(self, conversation: Conversation, options: dict[str, Any]) -> None:
-        self._conversation = conversation
-        self._options = options
-        options_of(options)
-
-    def ask(
-        self,
-        question: str,
-        images: Any = (),
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Any,
-    ) -> Answer:
-        """Answer the next question; arguments and errors as ``EdgeVLM.ask``."""
-        with self.stream(question, images, progress=progress, cancel=cancel, **options) as stream:
-            for _ in stream:
-                pass
-        return stream.answer
-
-    def stream(
-        self,
-        question: str,
-        images: Any = (),
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        keep_partial: bool = False,
-        **options: Any,
-    ) -> Stream:
-        """As ``ask``, piece by piece.
-
-        With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
-        """
-        wanted = options_of({**self._options, **options})
-        new = self._new(question, images, wanted)
-        turn = self._conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
-        return Stream(turn)
-
-    def retry(
-        self,
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        keep_partial: bool = False,
-        **options: Any,
-    ) -> Stream:
-        """Answer the last question again, piece by piece; the old answer goes when that is done.
-
-        Raises:
-            PromptError: there is none.
-        """
-        wanted = options_of({**self._options, **options})
-        turn = self._conversation.retry(wanted, progress, cancel, keep_partial=keep_partial)
-        return Stream(turn)
-
-    def undo(self) -> tuple[Message, ...]:
-        """Take the last question and its answer back, and return them."""
-        return self._conversation.undo()
-
-    def restart(self, messages: Any = ()) -> None:
-        """Begin again, with the answered questions in ``messages`` (OpenAI's form) if given.
-
-        Raises:
-            InputError: the messages or one of their pictures cannot be read; nothing changed.
-        """
-        parsed = parse_messages(messages, answered=True) if messages else []
-        wanted = options_of(self._options)
-        self._conversation.restart(parsed, max_tiles=wanted.max_tiles)
-
-    def n_to_drop(self, question: str, images: Any = (), **options: Any) -> int | None:
-        """How many of the oldest questions to drop for this one; None if all would not do."""
-        wanted = options_of({**self._options, **options})
-        return self._conversation.n_to_drop(self._new(question, images, wanted), wanted)
-
-    def drop_oldest(self, n_questions: int) -> list[Any]:
-        """Forget the oldest questions and their answers; their pictures stay.
-
-        Returns the pictures if no question is left that could carry them.
-        """
-        return [part.source for part in self._conversation.drop_oldest(n_questions)]
-
-    def _new(self, question: str, images: Any, wanted: AskOptions) -> list[Message]:
-        new = [new_message(images, question)]
-        if wanted.system is not None and not self._conversation.messages:
-            new = [Message("system", (Text(wanted.system),)), *new]
-        return new
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The turns so far; a turn that failed or was stopped is not among them."""
-        return self._conversation.messages
-
-    def close(self) -> None:
-        """Free the KV cache."""
-        self._conversation.close()
 
 
 class Stream(Closing):
@@ -165,6 +66,13 @@ class Stream(Closing):
             raise DecoderError("the answer is not complete; read the stream to its end first")
         return self._answer
 
+    def result(self) -> Answer:
+        """Read to the end; the whole answer."""
+        with self:
+            for _ in self:
+                pass
+        return self.answer
+
     def close(self) -> None:
         """Stop here; what was yielded stays valid."""
         close = getattr(self._events, "close", None)
@@ -175,21 +83,174 @@ class Stream(Closing):
             self._on_close = None
 
 
+class Chat(Closing):
+    """A conversation; made by ``EdgeVLM.chat``. Use it from one thread at a time.
+
+    Pictures come first and the question last, as everywhere; a question alone is enough.
+    """
+
+    def __init__(self, conversation: Conversation, options: AskKeywords) -> None:
+        self.conversation = conversation
+        self._options = options
+        options_of(options)
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        /,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer: ...
+
+    @overload
+    def ask(
+        self,
+        images: Any,
+        question: str,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer: ...
+
+    def ask(self, *asked: Any, **how: Any) -> Answer:
+        """Answer the next question; arguments and errors as ``EdgeVLM.ask``."""
+        return self.stream(*asked, **how).result()
+
+    @overload
+    def stream(
+        self,
+        question: str,
+        /,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream: ...
+
+    @overload
+    def stream(
+        self,
+        images: Any,
+        question: str,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream: ...
+
+    def stream(
+        self,
+        images: Any = (),
+        question: str | None = None,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Any,
+    ) -> Stream:
+        """As ``ask``, piece by piece.
+
+        With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
+        """
+        wanted = options_of({**self._options, **options})
+        new = self._new(images, question, wanted)
+        turn = self.conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def retry(
+        self,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream:
+        """Answer the last question again, piece by piece; the old answer goes when that is done.
+
+        Raises:
+            PromptError: there is none.
+        """
+        wanted = options_of({**self._options, **options})
+        turn = self.conversation.retry(wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def undo(self) -> tuple[Message, ...]:
+        """Take the last question and its answer back, and return them."""
+        return self.conversation.undo()
+
+    def restart(self, messages: Any = ()) -> None:
+        """Begin again, with the answered questions in ``messages`` (OpenAI's form) if given.
+
+        Raises:
+            InputError: the messages or one of their pictures cannot be read; nothing changed.
+        """
+        parsed = parse_messages(messages, answered=True) if messages else []
+        self.conversation.restart(parsed, max_tiles=options_of(self._options).max_tiles)
+
+    def n_to_drop(self, images: Any, question: str, **options: Unpack[AskKeywords]) -> int | None:
+        """How many of the oldest questions to drop for this one; None if all would not do."""
+        wanted = options_of({**self._options, **options})
+        return self.conversation.n_to_drop(self._new(images, question, wanted), wanted)
+
+    def drop_oldest(self, n_questions: int) -> list[Any]:
+        """Forget the oldest questions and their answers; their pictures stay.
+
+        Returns the pictures if no question is left that could carry them.
+        """
+        return [part.source for part in self.conversation.drop_oldest(n_questions)]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns so far; a turn that failed or was stopped is not among them."""
+        return self.conversation.messages
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self.conversation.close()
+
+    def _new(self, images: Any, question: str | None, wanted: AskOptions) -> list[Message]:
+        if question is None and isinstance(images, str):
+            images, question = (), images
+        new = [new_message(images, question)]
+        if wanted.system is not None and not self.conversation.messages:
+            new = [Message("system", (Text(wanted.system),)), *new]
+        return new
+
+
 def new_message(images: Any, question: str | None) -> Message:
+    """A user's message.
+
+    Raises:
+        PromptError: there is no question.
+    """
     if question is None:
         raise PromptError("there is no question; it follows the images: ask(images, question)")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str):
+        raise PromptError("pictures come first, the question last: ask(images, question)")
+    if not question.strip():
         raise PromptError("the question is empty")
     return user_message(picture_list(images), question)
 
 
 def picture_list(images: Any) -> Sequence[Any]:
+    """Several pictures, one or none, as a sequence."""
     if images is None:
         return ()
     return images if isinstance(images, list | tuple) else (images,)
 
 
-def options_of(options: dict[str, Any]) -> AskOptions:
+def options_of(options: AskKeywords | dict[str, Any]) -> AskOptions:
+    """The options that keywords give.
+
+    Raises:
+        PromptError: one is unknown or out of its range.
+    """
     try:
         return AskOptions(**options)
     except TypeError as error:

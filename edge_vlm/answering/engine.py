@@ -1,18 +1,23 @@
-"""The parts of a loaded model."""
+"""The parts of a loaded model, and how they are put together."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.bundle.checksums import verify
+from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.decoder.prefix_cache import PrefixCache
+from edge_vlm.engines import Decoder, VisionTower
 from edge_vlm.machine.engine_settings import EngineSettings
-from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.machine.store import Store
+from edge_vlm.machine.settings import MachineSettings, cpu_identity
+from edge_vlm.machine.store import Store, open_store
 from edge_vlm.pictures.tile_cache import TileCache
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.planning.limits import within_memory
+from edge_vlm.planning.request import ModelSizes
 from edge_vlm.planning.speeds import Speeds
+from edge_vlm.planning.tuning import engines_for, load_tuning
 from edge_vlm.prompt.builder import PromptBuilder
 
 
@@ -37,3 +42,91 @@ class Engine:
     def seconds(self) -> float:
         """All loading so far."""
         return self.load_seconds + self.vision.load_seconds + self.decoder.load_seconds
+
+    def rest_vision(self) -> None:
+        """After pictures were encoded: memory that the decoder may need is given back."""
+        if self.in_turns:
+            self.vision.release()
+        else:
+            self.vision.rest()
+
+
+def load_engine(
+    bundle: Bundle,
+    settings: MachineSettings,
+    progress: Callable[[int, int], None],
+    vision: VisionTower | None = None,
+    decoder: Decoder | None = None,
+) -> Engine:
+    """Check a bundle's files and load its engines, or take those that are given.
+
+    Args:
+        bundle: the model.
+        settings: the machine's.
+        progress: called with bytes compared with their checksums, and bytes in all.
+        vision: in place of onnxruntime.
+        decoder: in place of llama.cpp.
+
+    Raises:
+        BundleError: a file is damaged, or an engine refuses it.
+        BudgetError: the memory that the settings allow is too little.
+    """
+    started = time.perf_counter()
+    verify(bundle, progress=progress)
+    tuning = load_tuning(bundle.manifest)
+    settings, engines = within_memory(
+        settings, engines_for(bundle.manifest, settings, tuning), ModelSizes.of(bundle.manifest)
+    )
+    in_turns = settings.residency == "in-turns"
+    decoder = decoder or _llama(bundle, settings, engines, in_turns)
+    vision = vision or _onnxruntime(bundle, settings, engines, decoder.release)
+    store = open_store(settings)
+    tile_identity = {**vision.identity, "cpu": cpu_identity()}
+    prefix_identity = {**tile_identity, **decoder.identity}
+    return Engine(
+        manifest=bundle.manifest,
+        settings=settings,
+        prompts=PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize),
+        vision=vision,
+        decoder=decoder,
+        engines=engines,
+        speeds=tuning.speeds if tuning else None,
+        tiles=TileCache(vision, tile_identity, settings.tile_memory, store),
+        prefixes=PrefixCache(store, prefix_identity) if store else None,
+        store=store,
+        load_seconds=time.perf_counter() - started - decoder.load_seconds,
+        in_turns=in_turns,
+    )
+
+
+def _llama(
+    bundle: Bundle, settings: MachineSettings, engines: EngineSettings, in_turns: bool
+) -> Decoder:
+    from edge_vlm.decoder.decoder import Decoder as LlamaDecoder
+
+    return LlamaDecoder(
+        bundle,
+        engines,
+        kv_type=settings.kv_type,
+        kv_budget=settings.kv_budget,
+        layers_on_gpu=settings.gpu_layers,
+        in_turns=in_turns,
+        logs=settings.engine_logs,
+    )
+
+
+def _onnxruntime(
+    bundle: Bundle,
+    settings: MachineSettings,
+    engines: EngineSettings,
+    before_load: Callable[[], None],
+) -> VisionTower:
+    from edge_vlm.pictures.tower import VisionTower as OnnxTower
+
+    return OnnxTower(
+        bundle,
+        engines,
+        provider=settings.provider,
+        before_load=before_load,
+        logs=settings.engine_logs,
+    )

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_vlm.answering.answer import Clock
-from edge_vlm.answering.options import AskOptions
-from edge_vlm.answering.sampler import Sampler
+from edge_vlm.answering.answer import AskOptions, Clock
 from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.decoder.context import Context
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.engines import Context, Decoder
 from edge_vlm.errors import Cancelled
 from edge_vlm.forms.choices import log_probabilities
 from edge_vlm.forms.guide import Guide
@@ -71,7 +68,9 @@ def generate(
     finish = "length"
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     seed = secrets.randbits(32) if options.seed is None else options.seed
-    with Sampler(decoder, options, seed, guide) as sampler:
+    with decoder.sampler(
+        temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
+    ) as sampler:
         while len(ids) < max_tokens:
             started = time.perf_counter()
             try:
@@ -84,7 +83,13 @@ def generate(
                     raise
                 finish = "cancelled"
                 break
-            token = sampler.sample(context)
+            token = (
+                guide.choose(
+                    lambda allowed: context.forbid(~allowed), lambda: sampler.sample(context)
+                )
+                if guide
+                else sampler.sample(context)
+            )
             clock.decode += time.perf_counter() - started
             if token in stop:
                 finish = "stop"

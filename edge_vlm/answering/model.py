@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_vlm.answering.answer import Answer
+from edge_vlm.answering.answer import Answer, AskKeywords
 from edge_vlm.answering.chat import Chat, Closing, Stream, new_message, options_of, picture_list
 from edge_vlm.answering.conversation import Conversation
-from edge_vlm.answering.engine import Engine
-from edge_vlm.bundle.checksums import verify
+from edge_vlm.answering.engine import Engine, load_engine
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle, Manifest
-from edge_vlm.decoder.decoder import Decoder
-from edge_vlm.decoder.prefix_cache import PrefixCache
+from edge_vlm.engines import Decoder, VisionTower
 from edge_vlm.errors import DecoderError, PromptError
-from edge_vlm.machine.settings import MachineSettings, cpu_identity
-from edge_vlm.machine.store import open_store
+from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage, encode_pictures, open_picture
-from edge_vlm.pictures.tile_cache import TileCache
-from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.budget import limit_tiles
-from edge_vlm.planning.limits import within_memory
-from edge_vlm.planning.request import ModelSizes
-from edge_vlm.planning.tuning import engines_for, load_tuning
 from edge_vlm.progress import CancelToken, OnProgress, Progress
-from edge_vlm.prompt.builder import PromptBuilder
 from edge_vlm.prompt.messages import Message, Text, parse_messages
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class EdgeVLM(Closing):
@@ -50,73 +43,45 @@ class EdgeVLM(Closing):
         *,
         settings: MachineSettings | None = None,
         progress: OnProgress | None = None,
+        vision: VisionTower | None = None,
+        decoder: Decoder | None = None,
     ) -> EdgeVLM:
         """Load a bundle.
 
         Args:
-            model: a bundle's folder or name; by default as ``edge_vlm.bundle.find.find_bundle``.
+            model: a bundle's folder or name; by default as ``bundle.find.find_bundle``.
             settings: the machine's; by default read from ``EDGE_VLM_*``.
             progress: called while the files are compared with their checksums.
+            vision: an engine of your own in place of onnxruntime.
+            decoder: one in place of llama.cpp.
 
         Raises:
             BundleError: there is no such bundle, or it is damaged.
         """
-        started = time.perf_counter()
-        settings = settings or MachineSettings.from_environment()
-        bundle = Bundle.open(find_bundle(model))
 
         def report(done: int, total: int) -> None:
             if progress:
                 progress(Progress("verify", done, total))
 
-        verify(bundle, progress=report)
-        tuning = load_tuning(bundle.manifest)
-        settings, engines = within_memory(
-            settings,
-            engines_for(bundle.manifest, settings, tuning),
-            ModelSizes.of(bundle.manifest),
-        )
-        in_turns = settings.residency == "in-turns"
-        decoder = Decoder(
-            bundle,
-            engines,
-            kv_type=settings.kv_type,
-            kv_budget=settings.kv_budget,
-            layers_on_gpu=settings.gpu_layers,
-            in_turns=in_turns,
-            logs=settings.engine_logs,
-        )
-        vision = VisionTower(
-            bundle,
-            engines,
-            provider=settings.provider,
-            before_load=decoder.release,
-            logs=settings.engine_logs,
-        )
-        cpu = cpu_identity()
-        store = open_store(settings)
-        tile_identity = {**vision.identity, "cpu": cpu}
-        prefix_identity = {**tile_identity, **decoder.identity}
-        engine = Engine(
-            manifest=bundle.manifest,
-            settings=settings,
-            prompts=PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize),
-            vision=vision,
-            decoder=decoder,
-            engines=engines,
-            speeds=tuning.speeds if tuning else None,
-            tiles=TileCache(vision, tile_identity, settings.tile_memory, store),
-            prefixes=PrefixCache(store, prefix_identity) if store else None,
-            store=store,
-            load_seconds=time.perf_counter() - started - decoder.load_seconds,
-            in_turns=in_turns,
-        )
-        return cls(bundle, engine)
+        settings = settings or MachineSettings.from_environment()
+        bundle = Bundle.open(find_bundle(model))
+        return cls(bundle, load_engine(bundle, settings, report, vision, decoder))
 
     @property
     def manifest(self) -> Manifest:
         """The bundle's description."""
         return self._bundle.manifest
+
+    @property
+    def engine(self) -> Engine:
+        """The parts it is made of.
+
+        Raises:
+            DecoderError: it was closed.
+        """
+        if self._engine is None:
+            raise DecoderError("the model was closed")
+        return self._engine
 
     def ask(
         self,
@@ -126,7 +91,7 @@ class EdgeVLM(Closing):
         messages: Any = None,
         progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
-        **options: Any,
+        **options: Unpack[AskKeywords],
     ) -> Answer:
         """Answer a question about pictures.
 
@@ -137,18 +102,17 @@ class EdgeVLM(Closing):
             messages: instead of both, a whole conversation in OpenAI's form.
             progress: called after each tile, batch and token.
             cancel: set it from another thread to stop.
-            options: fields of ``AskOptions``, such as ``max_tokens`` or ``temperature``.
+            options: those of ``AskOptions``: ``max_tokens``, ``temperature``, ``top_p``,
+                ``min_p``, ``seed``, ``max_tiles``, ``within``, ``system``, and one of ``schema``,
+                ``choices`` and ``regex``.
 
         Raises:
             InputError: the request is invalid or too large for the KV budget.
             Cancelled: ``cancel`` was set.
         """
-        with self.stream(
+        return self.stream(
             images, question, messages=messages, progress=progress, cancel=cancel, **options
-        ) as stream:
-            for _ in stream:
-                pass
-        return stream.answer
+        ).result()
 
     def stream(
         self,
@@ -158,7 +122,7 @@ class EdgeVLM(Closing):
         messages: Any = None,
         progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
-        **options: Any,
+        **options: Unpack[AskKeywords],
     ) -> Stream:
         """As ``ask``, but an iterator of pieces of text; afterwards its ``answer`` has the rest."""
         if messages is None:
@@ -170,7 +134,7 @@ class EdgeVLM(Closing):
         wanted = options_of(options)
         if wanted.system is not None:
             new = [Message("system", (Text(wanted.system),)), *new]
-        conversation = Conversation(self._loaded())
+        conversation = Conversation(self.engine)
         return Stream(conversation.turn(new, wanted, progress, cancel), conversation.close)
 
     def encode(
@@ -187,12 +151,10 @@ class EdgeVLM(Closing):
             ImageError: it cannot be read.
             Cancelled: ``cancel`` was set.
         """
-        engine, wanted = self._loaded(), options_of({"max_tiles": max_tiles})
+        engine, wanted = self.engine, options_of({"max_tiles": max_tiles})
         limits = [n for n in (wanted.max_tiles, engine.settings.max_tiles) if n is not None]
         processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
-        picture = open_picture(
-            image, processor, engine.manifest, engine.settings, engine.tiles.model
-        )
+        picture = open_picture(image, processor, 1, engine)
         try:
             encode_pictures([picture], engine.tiles, progress or (lambda _: None), cancel)
         finally:
@@ -202,20 +164,15 @@ class EdgeVLM(Closing):
             engine.store.flush()
         return picture.encoded(engine.tiles.model)
 
-    def chat(self, **options: Any) -> Chat:
+    def chat(self, **options: Unpack[AskKeywords]) -> Chat:
         """A conversation that keeps its KV cache: a follow-up costs only its own tokens.
 
-        ``options`` are fields of ``AskOptions``; each question may override them.
+        Each question may override the options.
         """
-        return Chat(Conversation(self._loaded()), options)
+        return Chat(Conversation(self.engine), options)
 
     def close(self) -> None:
         """Free the model. Answers and chats that are still open keep it until they end."""
         if self._engine:
             self._engine.decoder.close()
         self._engine = None
-
-    def _loaded(self) -> Engine:
-        if self._engine is None:
-            raise DecoderError("the model was closed")
-        return self._engine

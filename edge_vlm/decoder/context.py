@@ -181,6 +181,10 @@ class Context:
         logits: Float32 = np.ctypeslib.as_array(pointer, (self._weights.n_ids,)).copy()
         return logits
 
+    def sample(self, chain: Any) -> int:
+        """The next token, picked by one of llama.cpp's samplers."""
+        return int(self._api.llama_sampler_sample(chain, self._open(), -1))
+
     def close(self) -> None:
         """Free the KV cache."""
         self._closed = True

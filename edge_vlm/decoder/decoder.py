@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, ContextSettings
+from edge_vlm.decoder.sampler import Sampler
 from edge_vlm.decoder.weights import Weights
 from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.forms.guide import Vocabulary
@@ -61,6 +62,11 @@ class Decoder:
     def n_ids(self) -> int:
         """Size of the token table, the ids that are only read included."""
         return self._weights.n_ids
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._weights.is_loaded
 
     @property
     def load_seconds(self) -> float:
@@ -137,6 +143,10 @@ class Decoder:
         context = Context(self._weights, self._settings, n_positions, self._unload_if_unused)
         self._contexts.add(context)
         return context
+
+    def sampler(self, *, temperature: float, top_p: float, min_p: float, seed: int) -> Sampler:
+        """Use it in a ``with`` statement; see ``Sampler``."""
+        return Sampler(self._weights, temperature=temperature, top_p=top_p, min_p=min_p, seed=seed)
 
     def close(self) -> None:
         """Free the weights, or leave that to the last context that is still open."""

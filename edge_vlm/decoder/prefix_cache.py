@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_vlm.decoder.context import Context
+from edge_vlm.engines import Context
 from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.prompt.positions import picture_ends
 

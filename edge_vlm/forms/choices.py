@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.decoder.context import Context
+from edge_vlm.engines import Context
 from edge_vlm.progress import CancelToken
 
 

@@ -86,6 +86,7 @@ class _Measurements:
         """Load a model and answer one question about a random picture of ``size``."""
         import numpy as np
 
+        from edge_vlm.answering.answer import AskKeywords
         from edge_vlm.answering.chat import Chat
         from edge_vlm.answering.conversation import Conversation
         from edge_vlm.answering.model import EdgeVLM
@@ -95,7 +96,7 @@ class _Measurements:
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
         started = time.perf_counter()
         vlm = EdgeVLM.load(model, settings=MachineSettings(**settings).without_cache())
-        engine = vlm._loaded()
+        engine = vlm.engine
         # A stop token, which a random model may give at any time, does not stop.
         endless = engine.manifest.model_copy(
             update={"tokens": engine.manifest.tokens.model_copy(update={"stop": ()})}
@@ -107,11 +108,11 @@ class _Measurements:
             if event.stage == "decode":
                 decoded.append(time.perf_counter())
 
-        options: dict[str, Any] = {"max_tokens": tokens, "temperature": 0}
+        options: AskKeywords = {"max_tokens": tokens, "temperature": 0}
         asked = time.perf_counter()
         with Chat(conversation, options) as chat:
-            answer = chat.ask(QUESTION, [pixels], progress=progress, max_tiles=max_tiles)
-            context = conversation._context
+            answer = chat.ask([pixels], QUESTION, progress=progress, max_tiles=max_tiles)
+            context = conversation.context
             held, positions = (context.state_bytes, context.n_positions) if context else (0, 0)
         times = answer.timings
         later = engine.vision.load_seconds + engine.decoder.load_seconds  # while asking
@@ -204,7 +205,7 @@ class _Measurements:
 
         settings = MachineSettings(**engines, residency="together").without_cache()
         with EdgeVLM.load(model, settings=settings) as vlm:
-            vlm._loaded().vision.load()
+            vlm.engine.vision.load()
             return {"load": time.time() - psutil.Process().create_time()}
 
 

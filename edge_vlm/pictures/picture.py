@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,7 @@ class EncodedImage:
     rows: Float32 = field(repr=False)  # (n_tokens, hidden_size)
     digest: bytes = field(repr=False)  # of the pixels and the tiling
     model: bytes = field(repr=False)  # see TileCache.model
+    processor: ImageProcessor = field(repr=False)
 
     @property
     def n_tokens(self) -> int:
@@ -54,14 +56,16 @@ class EncodedImage:
         return len(self.rows)
 
 
-@dataclass
+@dataclass(eq=False)
 class Picture:
     """A picture in a conversation."""
 
     use: ImageUse
     n_tokens: int
-    processor: ImageProcessor
+    alone: ImageProcessor  # as it would be seen were it the only picture,
+    processor: ImageProcessor  # and as it is
     digest: bytes  # of the pixels and the tiling
+    source: object  # what it was opened from
     pixels: UInt8 | None = None  # dropped once it is encoded
     rows: Float32 | None = None  # (n_tokens, hidden_size)
 
@@ -69,7 +73,23 @@ class Picture:
         """What stands for it once it is encoded."""
         if self.rows is None:
             raise DecoderError("the picture was not encoded")
-        return EncodedImage(self.use, self.rows, self.digest, model)
+        return EncodedImage(self.use, self.rows, self.digest, model, self.processor)
+
+
+class Seeing(Protocol):
+    """What a picture needs of a loaded model."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of its bundle."""
+
+    @property
+    def settings(self) -> MachineSettings:
+        """Limits for pictures."""
+
+    @property
+    def tiles(self) -> TileCache:
+        """Of its vision tower."""
 
 
 @dataclass
@@ -81,31 +101,57 @@ class Crops:
     seconds: float = 0.0
 
 
-def open_picture(
-    source: object,
-    processor: ImageProcessor,
-    manifest: Manifest,
-    settings: MachineSettings,
-    model: bytes,
-) -> Picture:
+def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: Seeing) -> Picture:
     """Read and plan a picture, or take one that is encoded.
 
+    Args:
+        source: see ``load_image``; or an ``EncodedImage``.
+        alone: the image processor, its tiles limited.
+        n_pictures: of the whole conversation, which may decide how each is seen.
+        model: the loaded model.
+
     Raises:
-        ImageError: it cannot be read, or was encoded by another model.
+        ImageError: it cannot be read, or was encoded by another model or for fewer pictures.
     """
+    processor: ImageProcessor = family_of(alone).beside(alone, n_pictures)
     if isinstance(source, EncodedImage):
-        if source.model != model:
+        if source.model != model.tiles.model:
             raise ImageError("this picture was encoded by another model or with other settings")
-        return Picture(source.use, source.n_tokens, processor, source.digest, rows=source.rows)
+        if family_of(alone).beside(source.processor, n_pictures) != source.processor:
+            raise ImageError(
+                "this picture was encoded to be the only one, and this model sees several"
+                " pictures in another way; give the picture itself"
+            )
+        return Picture(
+            source.use,
+            source.n_tokens,
+            alone,
+            source.processor,
+            source.digest,
+            source,
+            rows=source.rows,
+        )
+    settings = model.settings
     pixels = load_image(
         source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
     )
     height, width = pixels.shape[:2]
-    plan = plan_image(width, height, processor, manifest.decoder, settings.kv_type)
+    plan = plan_image(width, height, processor, model.manifest.decoder, settings.kv_type)
     use = ImageUse(plan.size, plan.resized, plan.tiling, plan.crops, plan.reduced)
     shape = np.array(pixels.shape, np.int64).tobytes()
     digest = make_key(processor.model_dump(), shape, pixels.data.cast("B"))
-    return Picture(use, plan.image_tokens, processor, digest, pixels)
+    return Picture(use, plan.image_tokens, alone, processor, digest, source, pixels)
+
+
+def seen_among(picture: Picture, n_pictures: int, model: Seeing) -> Picture:
+    """The same picture, or one opened anew where so many pictures are seen in another way.
+
+    Raises:
+        ImageError: it cannot be read any more.
+    """
+    if family_of(picture.alone).beside(picture.alone, n_pictures) == picture.processor:
+        return picture
+    return open_picture(picture.source, picture.alone, n_pictures, model)
 
 
 def encode_pictures(

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.engines import VisionTower
 from edge_vlm.families.base import Tiles
 from edge_vlm.machine.store import Entry, Store, make_key
-from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.progress import CancelToken
 
 Float32 = npt.NDArray[np.float32]

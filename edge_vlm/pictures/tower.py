@@ -79,6 +79,11 @@ class VisionTower:
         }
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the session is there."""
+        return self._session is not None
+
+    @property
     def output_shape(self) -> tuple[int, int]:
         """Of one crop's embeddings: (tokens_per_crop, hidden_size)."""
         manifest = self._bundle.manifest

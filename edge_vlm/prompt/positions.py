@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from edge_vlm.pictures.picture import Picture
 from edge_vlm.prompt.builder import Rendered, Span, TokenSpan
@@ -57,3 +57,13 @@ def picture_ends(ids: Sequence[int]) -> list[int]:
         for index, value in enumerate(ids)
         if value < 0 and (index + 1 == len(ids) or ids[index + 1] != value)
     ]
+
+
+def runs_of(ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of runs of tokens and of single pictures' rows, from position ``start`` on."""
+    while start < len(ids):
+        stop = start + 1
+        while stop < len(ids) and (ids[stop] == ids[start] if ids[start] < 0 else ids[stop] >= 0):
+            stop += 1
+        yield start, stop
+        start = stop

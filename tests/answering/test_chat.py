@@ -25,8 +25,6 @@ from edge_vlm import (
     Progress,
     PromptError,
 )
-from edge_vlm.answering.options import AskOptions
-from edge_vlm.answering.sampler import Sampler
 from edge_vlm.prompt.messages import ImagePart
 from tests.conftest import GoldenModel
 
@@ -55,15 +53,14 @@ def recomputed(vlm: EdgeVLM, chat: Chat, answer: Answer) -> tuple[int, ...]:
     Not by asking with the whole conversation as text: what a random model generates is not the
     canonical tokenization of any text.
     """
-    engine = vlm._engine
+    engine = vlm.engine
     assert engine is not None
-    state = chat._conversation._state
+    state = chat.conversation.state
     ids = state.ids[: answer.prompt_tokens]
     found: list[int] = []
-    options = AskOptions()
     with (
         engine.decoder.context(len(ids) + len(answer.token_ids)) as context,
-        Sampler(engine.decoder, options, seed=0) as sampler,
+        engine.decoder.sampler(temperature=0, top_p=1, min_p=0, seed=0) as sampler,
     ):
         for value, group in itertools.groupby(ids, key=lambda i: i if i < 0 else 0):
             part = list(group)
@@ -80,8 +77,8 @@ def recomputed(vlm: EdgeVLM, chat: Chat, answer: Answer) -> tuple[int, ...]:
 
 def test_a_follow_up_answers_as_without_a_cache(vlm: EdgeVLM, chart: Path, icon: Path) -> None:
     with vlm.chat(max_tokens=8) as chat:
-        chat.ask("What is shown?", chart)
-        second = chat.ask("And in this one?", [icon])
+        chat.ask(chart, "What is shown?")
+        second = chat.ask([icon], "And in this one?")
         assert second.token_ids == recomputed(vlm, chat, second)
         last = chat.ask("Compare them.")
         assert last.image_tokens == 130 + 64
@@ -91,7 +88,7 @@ def test_a_follow_up_answers_as_without_a_cache(vlm: EdgeVLM, chart: Path, icon:
 def test_a_conversation_given_whole_has_the_same_prompt(vlm: EdgeVLM, chart: Path) -> None:
     """Where the answer is plain text, the chat's prompt is that of the whole conversation."""
     with vlm.chat(max_tokens=1) as chat:
-        first = chat.ask("What is shown?", chart)
+        first = chat.ask(chart, "What is shown?")
         second = chat.ask("And what else?")
     messages = [
         {
@@ -110,14 +107,14 @@ def test_a_conversation_given_whole_has_the_same_prompt(vlm: EdgeVLM, chart: Pat
 
 def test_a_follow_up_costs_only_its_own_tokens(vlm: EdgeVLM, chart: Path) -> None:
     with vlm.chat(max_tokens=8) as chat:
-        first = chat.ask("What is shown?", chart)
+        first = chat.ask(chart, "What is shown?")
         seen: list[Progress] = []
         second = chat.ask("And what else?", progress=seen.append)
         assert not [progress for progress in seen if progress.stage == "vision"]
         assert second.image_tokens == first.image_tokens
         # All of the first prompt is kept; what is new are the answer and the question.
         assert second.cached_tokens >= first.prompt_tokens
-        engine = vlm._engine
+        engine = vlm.engine
         assert engine is not None
         own = engine.decoder.tokenize(f" {first.answer} User: And what else? Assistant:")
         assert second.prompt_tokens - second.cached_tokens <= len(own) + 2
@@ -128,9 +125,9 @@ def test_generated_ids_stay_cached_when_the_text_is_rendered_alike(vlm: EdgeVLM)
     for seed in range(200):
         with vlm.chat(max_tokens=4, temperature=2.0) as chat:
             first = chat.ask("Hello", seed=seed)
-            state = chat._conversation._state
+            state = chat.conversation.state
             raw = state.text.rpartition("Assistant:")[2]
-            engine = vlm._engine
+            engine = vlm.engine
             assert engine is not None
             canonical = engine.decoder.tokenize(f"Assistant:{raw} User:")
             if not raw.startswith(" ") or _contains(canonical, first.token_ids[:-1]):
@@ -151,7 +148,7 @@ def _contains(ids: list[int], part: tuple[int, ...]) -> bool:
 
 def test_the_kv_cache_grows_and_keeps_what_it_holds(vlm: EdgeVLM, chart: Path) -> None:
     with vlm.chat(max_tokens=16) as chat:
-        sizes = [chat.ask("What is shown?", chart).kv_bytes]
+        sizes = [chat.ask(chart, "What is shown?").kv_bytes]
         for _ in range(6):
             answer = chat.ask("Tell me more about every single part of the picture, please.")
             sizes.append(answer.kv_bytes)
@@ -184,7 +181,7 @@ def test_cancelling_takes_the_turn_back(vlm: EdgeVLM, chart: Path, stage: str) -
                 cancel.set()
 
         with pytest.raises(Cancelled):
-            chat.ask("What is shown?", chart, progress=stop, cancel=cancel)
+            chat.ask(chart, "What is shown?", progress=stop, cancel=cancel)
         assert len(chat.messages) == 2
         answer = chat.ask("And now?")
         assert answer.cached_tokens >= first.prompt_tokens
@@ -383,7 +380,7 @@ def test_a_token_set_before_the_call_stops_at_once(vlm: EdgeVLM, chart: Path) ->
 
 def test_image_parts_keep_their_source(vlm: EdgeVLM, chart: Path) -> None:
     with vlm.chat(max_tokens=1) as chat:
-        chat.ask("What?", chart)
+        chat.ask(chart, "What?")
         part = chat.messages[0].parts[0]
         assert isinstance(part, ImagePart)
         assert part.source == chart

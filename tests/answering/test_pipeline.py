@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edge_vlm import EdgeVLM, MachineSettings
+from edge_vlm.answering.answer import AskOptions
 from edge_vlm.answering.conversation import Conversation
-from edge_vlm.answering.options import AskOptions
 from edge_vlm.families.jina_vlm.stitch import stitch
 from edge_vlm.families.jina_vlm.tiling import cut_tiles
 from edge_vlm.prompt.builder import ImageSpan, TokenSpan
@@ -63,7 +63,7 @@ def load(bundle: Bundle) -> Iterator[Load]:
 def test_prompt_ids_equal_the_published_ones(case: GoldenCase, load: Load) -> None:
     vlm = load(case.model)
     messages = parse_messages(conversation_of(case))
-    engine = vlm._engine
+    engine = vlm.engine
     assert engine is not None
     assert engine.prompts.render(messages).plain == case.data["prompt"]
     ids: list[int] = []
@@ -79,7 +79,7 @@ def test_prompt_ids_equal_the_published_ones(case: GoldenCase, load: Load) -> No
 @pytest.mark.parametrize("case", golden_cases(), ids=str)
 def test_embeddings_and_logits_equal_the_published_ones(case: GoldenCase, load: Load) -> None:
     vlm = load(case.model)
-    engine = vlm._engine
+    engine = vlm.engine
     assert engine is not None
     messages = parse_messages(conversation_of(case))
     arrays = case.arrays
@@ -247,8 +247,8 @@ def test_a_conversation_answers_one_turn_at_a_time(load: Load) -> None:
     from edge_vlm import DecoderError
 
     vlm = load("tiny-126-tied")
-    assert vlm._engine is not None
-    conversation = Conversation(vlm._engine)
+    assert vlm.engine is not None
+    conversation = Conversation(vlm.engine)
     messages = parse_messages([{"role": "user", "content": "Hello"}])
     first = conversation.turn(messages, AskOptions(max_tokens=4))
     next(first)

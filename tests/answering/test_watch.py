@@ -23,9 +23,9 @@ import pytest
 from PIL import Image
 
 from edge_vlm import Cancelled, CancelToken, EdgeVLM, InputError, MachineSettings
-from edge_vlm.answering import watch as watch_module
 from edge_vlm.answering.watch import changed, watch
 from edge_vlm.families.jina_vlm.tiling import cut_tiles
+from edge_vlm.pictures import frames as watch_module
 from edge_vlm.pictures.frames import Camera, Command, Folder, Frame, Pause, Source
 from tests.conftest import COMMAND, Run, assert_one_line
 

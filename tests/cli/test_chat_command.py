@@ -278,14 +278,14 @@ def test_a_full_context_drops_questions_and_keeps_pictures(tmp_path: Path) -> No
 
 def test_fifty_turns(vlm: EdgeVLM) -> None:
     """Each turn prefills its own tokens alone, and memory does not grow with their number."""
-    engine = vlm._engine
+    engine = vlm.engine
     assert engine is not None
     questions = ["What is the total?", "Which date is printed?", "Quel est le total ?"]
     with vlm.chat(regex=r"[0-9.]{1,8}") as chat:
         before: Any = None
         peak = n_resident = 0
         for turn in range(50):
-            answer = chat.ask(questions[turn % 3], [RECEIPT] if turn == 0 else [])
+            answer = chat.ask([RECEIPT] if turn == 0 else [], questions[turn % 3])
             if before is not None:
                 own = engine.decoder.tokenize(f" User: {questions[turn % 3]} Assistant:")
                 n_before = before.prompt_tokens + len(before.token_ids)
@@ -296,7 +296,7 @@ def test_fifty_turns(vlm: EdgeVLM) -> None:
                 assert answer.encoded_crops == 0
             if turn == 25:
                 peak = peak_rss_bytes()
-            context = chat._conversation._context
+            context = chat.conversation.context
             assert context is not None
             before, n_resident = answer, context.n_positions
         assert peak_rss_bytes() - peak < 4_000_000
@@ -307,12 +307,12 @@ def test_undo_forgets_the_picture_too(vlm: EdgeVLM) -> None:
     other = PICTURES / "table-1.png"
     expected = vlm.ask(other, "What is the price of Flour?")
     with vlm.chat() as chat:
-        chat.ask("What is the price of Flour?", RECEIPT)
+        chat.ask(RECEIPT, "What is the price of Flour?")
         assert [m.role for m in chat.undo()] == ["user", "assistant"]
-        answer = chat.ask("What is the price of Flour?", other)
+        answer = chat.ask(other, "What is the price of Flour?")
         assert answer.token_ids == expected.token_ids
         chat.undo()
-        again = chat.ask("What is the price of Flour?", other)
+        again = chat.ask(other, "What is the price of Flour?")
         assert again.cached_tokens == again.prompt_tokens - 1
         assert chat.undo()
         assert chat.undo() == ()
@@ -324,7 +324,7 @@ def test_a_retry_that_fails_keeps_the_answer(vlm: EdgeVLM) -> None:
     cancel = CancelToken()
     cancel.set()
     with vlm.chat(temperature=2.0) as chat:
-        chat.ask("What is the total?", RECEIPT, seed=1)
+        chat.ask(RECEIPT, "What is the total?", seed=1)
         said = chat.messages
         with pytest.raises(Cancelled), chat.retry(cancel=cancel) as stream:
             list(stream)

@@ -89,8 +89,8 @@ def test_the_second_question_restores_the_picture(
         second = vlm.ask(chart, "Which bar is the highest?", max_tokens=8)
         assert second.restored_tokens == second.cached_tokens >= second.image_tokens
         assert (second.encoded_crops, second.cached_crops) == (0, 0)
-        assert vlm._engine is not None
-        assert vlm._engine.vision.load_seconds == 0  # it was not needed
+        assert vlm.engine is not None
+        assert vlm.engine.vision.load_seconds == 0  # it was not needed
         with Image.open(chart) as image:  # the same pixels in another form
             third = vlm.ask(image.convert("RGB"), "What is shown?", max_tokens=8)
         assert third.restored_tokens == second.restored_tokens
@@ -145,7 +145,7 @@ def test_a_chat_begins_with_what_is_kept(
 ) -> None:
     def talk(vlm: EdgeVLM) -> list[Answer]:
         with vlm.chat(max_tokens=8) as chat:
-            return [chat.ask("What?", chart), chat.ask("More."), chat.ask("And this?", icon)]
+            return [chat.ask(chart, "What?"), chat.ask("More."), chat.ask(icon, "And this?")]
 
     with EdgeVLM.load(bundle(MODEL), settings=settings(cache)) as vlm:
         first, second = talk(vlm), talk(vlm)
@@ -248,7 +248,7 @@ def test_the_last_tile_is_not_taken_for_another(
     """All crops of a grey picture are the same, but the last one gets a padding vector."""
     grey = np.full((240, 320, 3), 128, np.uint8)
     with EdgeVLM.load(bundle(MODEL), settings=settings(None)) as vlm:
-        engine = vlm._loaded()
+        engine = vlm.engine
         tiles = cut_tiles(grey, vlm.manifest.image_processor)
         found, n_known = engine.tiles.encode(tiles)
         exact = engine.vision.encode(tiles)
@@ -273,8 +273,8 @@ def test_memory_is_bounded(bundle: Callable[..., Path]) -> None:
     with EdgeVLM.load(bundle(MODEL), settings=settings(None, tile_memory=100_000)) as vlm:
         for seed in range(6):
             vlm.ask(noise(200, 200, seed), "What?", max_tokens=1)
-        assert vlm._engine is not None
-        held = vlm._engine.tiles._held.values()
+        assert vlm.engine is not None
+        held = vlm.engine.tiles._held.values()
         assert 50_000 < sum(rows.nbytes for rows in held) <= 100_000
 
 
@@ -291,8 +291,8 @@ def test_an_encoded_picture_stands_for_the_picture(
     assert (found.encoded_crops, expected.encoded_crops) == (2, 9)
     with plain.chat(max_tokens=8) as chat, plain.stream(handle, "What?", max_tokens=8) as stream:
         pieces = "".join(stream)
-        assert chat.ask("What?", handle).answer == pieces.strip()
-        assert chat.ask("And?", handle).image_tokens == 2 * handle.n_tokens
+        assert chat.ask(handle, "What?").answer == pieces.strip()
+        assert chat.ask(handle, "And?").image_tokens == 2 * handle.n_tokens
     few = plain.encode(chart, max_tiles=2)
     assert few.use.crops < handle.use.crops
     assert same(

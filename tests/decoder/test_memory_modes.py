@@ -51,7 +51,7 @@ def test_taking_turns_does_not_change_a_conversation(together: EdgeVLM, in_turns
     answers = []
     for vlm in (together, in_turns):
         with vlm.chat(max_tokens=6) as chat:
-            said = [chat.ask(QUESTION, PICTURES[0]), chat.ask("And now?", PICTURES[1])]
+            said = [chat.ask(PICTURES[0], QUESTION), chat.ask(PICTURES[1], "And now?")]
             said.append(chat.ask("What was in the first one?"))
             answers.append([(a.token_ids, a.prompt_tokens, a.cached_tokens) for a in said])
     assert answers[0] == answers[1]
@@ -59,11 +59,11 @@ def test_taking_turns_does_not_change_a_conversation(together: EdgeVLM, in_turns
 
 
 def test_only_one_of_the_two_is_in_memory(in_turns: EdgeVLM) -> None:
-    engine = in_turns._loaded()
+    engine = in_turns.engine
     seen: list[tuple[str, bool, bool]] = []
 
     def look(progress: Any) -> None:
-        loaded = engine.vision._session is not None, engine.decoder._model is not None
+        loaded = engine.vision.is_loaded, engine.decoder.is_loaded
         seen.append((progress.stage, *loaded))
 
     in_turns.ask(PICTURES[0], QUESTION, max_tokens=2, progress=look)
@@ -269,8 +269,8 @@ def test_streams_stop_with_the_first_error(
     tower = VisionTower(opened, replace(untuned(), vision_threads=2, vision_streams=2))
     calls = []
 
-    def fail(crops: Any, is_last: Any, **_: Any) -> Any:
-        calls.append(len(crops))
+    def fail(feed: Any, **_: Any) -> Any:
+        calls.append(len(feed["crops"]))
         raise VisionError("onnxruntime failed")
 
     monkeypatch.setattr(tower, "encode_crops", fail)

@@ -146,17 +146,17 @@ def test_probabilities_are_those_of_the_model(vlm: EdgeVLM) -> None:
     picture, question = PICTURES / "receipt-1.png", "What is the total?"
     choices = ["43.98", "43.9", "43.90", "no"]
     answer = vlm.ask(picture, question, choices=choices)
-    engine = vlm._engine
+    engine = vlm.engine
     assert engine is not None
     expected = []
     for choice in choices:
         with vlm.chat() as chat:
-            chat.ask(question, picture, max_tokens=1)
-            conversation = chat._conversation
-            context = conversation._context
+            chat.ask(picture, question, max_tokens=1)
+            conversation = chat.conversation
+            context = conversation.context
             assert context is not None
             # The prompt's last position again, for its logits.
-            prompt = conversation._state.ids[: answer.prompt_tokens]
+            prompt = conversation.state.ids[: answer.prompt_tokens]
             context.truncate(len(prompt) - 1)
             total = 0.0
             token = prompt[-1]
@@ -175,7 +175,7 @@ def test_probabilities_are_those_of_the_model(vlm: EdgeVLM) -> None:
 
 def test_a_form_in_the_middle_of_a_chat(vlm: EdgeVLM) -> None:
     with vlm.chat(max_tokens=30) as chat:
-        chat.ask("What is the total?", PICTURES / "receipt-1.png")
+        chat.ask(PICTURES / "receipt-1.png", "What is the total?")
         counted = chat.ask("How many items?", regex=r"\d")
         picked = chat.ask("Is it a receipt?", choices=["yes", "no"])
         last = chat.ask("Which date is printed?")

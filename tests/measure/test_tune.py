@@ -106,10 +106,10 @@ def test_a_file_that_is_wrong_is_ignored_with_a_line(
 def test_the_tuning_is_used_and_settings_win(manifest: Any) -> None:
     store_tuning(manifest, TUNING)
     with EdgeVLM.load("demo", settings=MachineSettings(threads=1)) as vlm:
-        engines = vlm._loaded().engines
+        engines = vlm.engine.engines
         assert (engines.batch_size, engines.threads) == (96, 1)
     with EdgeVLM.load("demo", settings=MachineSettings(threads=1, batch_size=32)) as vlm:
-        assert vlm._loaded().engines.batch_size == 32
+        assert vlm.engine.engines.batch_size == 32
 
 
 def test_a_candidate_has_to_be_faster_by_the_margin() -> None:

@@ -70,7 +70,7 @@ def command(
     edge-vlm ask --json --max-tiles 4 page.png "Summarize this." | jq -r .answer
     """
     request = _request(words, messages)
-    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.answering.answer import AskOptions
     from edge_vlm.cli.choose import pick_model
 
     settings = machine_settings(options)

@@ -79,7 +79,7 @@ def command(
     edge-vlm chat receipt.jpg
     printf 'What is the total?\\nAnd the date?\\n' | edge-vlm chat receipt.jpg
     """
-    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.answering.answer import AskOptions
     from edge_vlm.cli.choose import pick_model
     from edge_vlm.cli.questions.line_input import LineInput
     from edge_vlm.machine.folders import state_folder
@@ -175,10 +175,10 @@ class _Session:
     def _ask(self, question: str) -> None:
         self._failed = question
         try:
-            self._turn(lambda **how: self._chat.stream(question, self._waiting, **how))
+            self._turn(lambda **how: self._chat.stream(self._waiting, question, **how))
         except BudgetError as error:
             self._make_room(question, error)
-            self._turn(lambda **how: self._chat.stream(question, self._waiting, **how))
+            self._turn(lambda **how: self._chat.stream(self._waiting, question, **how))
         self._failed = None
         self._waiting = []
 
@@ -188,7 +188,7 @@ class _Session:
         Raises:
             BudgetError: not so.
         """
-        n = self._chat.n_to_drop(question, self._waiting)
+        n = self._chat.n_to_drop(self._waiting, question)
         if not n:
             raise full
         what = "the oldest question and its answer" if n == 1 else f"the {n} oldest questions"

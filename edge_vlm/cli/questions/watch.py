@@ -103,7 +103,7 @@ def command(
         raise click.UsageError("the question is empty")
     if existing and folder is None:
         raise click.UsageError("--existing goes with --dir")
-    from edge_vlm.answering.options import AskOptions
+    from edge_vlm.answering.answer import AskOptions
     from edge_vlm.cli.choose import pick_model
     from edge_vlm.pictures.frames import Camera, Command, Folder
 
