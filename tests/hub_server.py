@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +24,8 @@ class Hub:
         self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         self.sent: dict[str, bytes] = {}  # other bytes than the listing promises
         self.stop_after: dict[str, int] = {}  # bytes after which connections break
+        self.hold_after: dict[str, int] = {}  # bytes after which they wait for ``go_on``
+        self.go_on = threading.Event()
         self.token: str | None = None  # needed for access
         self.failure: tuple[int, str] | None = None  # status and error code of every answer
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
@@ -125,7 +127,13 @@ def serve(hub: Hub) -> Iterator[Hub]:
             self.end_headers()
             if self.command == "GET":
                 stop = max(start, hub.stop_after.get(name, len(content)))
-                self.wfile.write(content[start:stop])
+                held = max(start, hub.hold_after.get(name, stop))
+                self.wfile.write(content[start:held])
+                if held < stop:
+                    self.wfile.flush()
+                    hub.go_on.wait(60)
+                    with suppress(OSError):  # nobody reads on
+                        self.wfile.write(content[held:stop])
                 self.close_connection = True
             return None
 
@@ -136,6 +144,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.go_on.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,6 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
-from edge_vlm_export.checkpoint import hub as module
 from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
 
 from edge_vlm.bundle.manifest import Bundle
@@ -50,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def download(hub: Hub, tmp_path: Path) -> Callable[..., Path]:
     def call(name: HubName = NAME, **options: Any) -> Path:
-        return fetch(name, endpoint=hub.url, cache=tmp_path / "cache", **options)
+        return fetch(name, **{"endpoint": hub.url, "cache": tmp_path / "cache", **options})
 
     return call
 
@@ -109,34 +110,176 @@ def test_export_by_name(hub: Hub, tmp_path: Path) -> None:
     assert offline.returncode == 0, offline.stderr
 
 
-def test_an_interrupted_download_goes_on(hub: Hub, download: Callable[..., Path]) -> None:
+def leftovers(cache: Path) -> list[Path]:
+    """Half files."""
+    return [path for path in cache.rglob("*") if ".incomplete" in path.name]
+
+
+def test_an_interrupted_download_goes_on(
+    hub: Hub, download: Callable[..., Path], tmp_path: Path
+) -> None:
     def stop(stage: str, done: int, total: int) -> None:
-        if done > 200_000:
+        if done > 700_000:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         download(progress=stop)
     assert hub.fetched(SHARDS[0]) == [None]
+    assert hub.fetched(SHARDS[1]) == [None]
     folder = download()
-    ranges = hub.fetched(SHARDS[0])
-    assert len(ranges) == 2
-    assert ranges[1] is not None
-    assert int(ranges[1].removeprefix("bytes=").removesuffix("-")) > 100_000
-    assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
-    assert not list(folder.parents[1].rglob("*.partial"))
+    assert len(hub.fetched(SHARDS[0])) == 1  # what was finished was kept
+    assert len(hub.fetched(SHARDS[1])) == 2
+    assert all((folder / name).read_bytes() == hub.files[name] for name in SHARDS)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["download", "checksum"])
+def test_what_the_callback_raises_arrives_as_it_is(
+    stage: str, hub: Hub, download: Callable[..., Path]
+) -> None:
+    def stop(now: str, done: int, total: int) -> None:
+        if now == stage and done > 200_000:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        download(progress=stop)
+    assert download().is_dir()
+
+
+def test_bytes_counted_in_another_thread(
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the client does with Xet, in two bars: for what it receives and for what it writes."""
+    original = huggingface_hub.hf_hub_download
+    size = len(hub.files[SHARDS[0]])
+    finished = threading.Event()
+
+    def by_xet(repo: str, name: str, *, tqdm_class: Any = None, **options: Any) -> Any:
+        def count() -> None:
+            received = tqdm_class(total=size, unit="B", unit_scale=True, position=0, leave=True)
+            written = tqdm_class(total=size, unit="B", unit_scale=True, position=1, leave=True)
+            for share in (3, 2):
+                received.update(size // share)
+                written.update(size // 10)
+                received.set_postfix_str("1 MB/s", refresh=False)
+            finished.set()
+
+        if name == SHARDS[0] and tqdm_class:
+            finished.clear()
+            threading.Thread(target=count).start()
+            finished.wait(10)
+            time.sleep(0.1)  # where an interrupt arrives
+        return original(repo, name, tqdm_class=tqdm_class, **options)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", by_xet)
+    seen: list[int] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        seen.append(done)
+        if done > size * 3 // 4:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        download(progress=stop)
+    assert hub.fetched(SHARDS[0]) == []  # stopped at once, not when the file was there
+    assert seen == sorted(seen)
+    assert download(progress=lambda *step: None).is_dir()
+
+
+def _heed_interrupts() -> None:
+    """Background jobs of a shell start with SIGINT ignored, and hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to one process")
+def test_ctrl_c_ends_at_once(hub: Hub, download: Callable[..., Path], tmp_path: Path) -> None:
+    hub.hold_after[SHARDS[1]] = 300_000
+    home = tmp_path / "home"
+    command = [sys.executable, "-c", "from edge_vlm.cli import main; main()", "export"]
+    process = subprocess.Popen(
+        [*command, "owner/model", "--out", str(tmp_path / "bundle")],
+        preexec_fn=_heed_interrupts,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not hub.fetched(SHARDS[1]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+        assert time.monotonic() - started < 2
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, errors
+    assert errors.endswith(b"stopped\n")
+    hub.hold_after.clear()
+    folder = download(cache=home / "hub")
+    assert len(hub.fetched(SHARDS[0])) == 1
+    assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+    assert leftovers(tmp_path) == []
+
+
+def test_two_processes_at_once(hub: Hub, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from edge_vlm_export.checkpoint.hub import HubName, fetch
+print(fetch(HubName("owner/model"), endpoint=sys.argv[1], cache=Path(sys.argv[2])))
+"""
+    hub.hold_after[SHARDS[0]] = 300_000
+    command = [sys.executable, "-c", code, hub.url, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+
+    def asked() -> int:
+        return sum(m == "HEAD" and p.endswith(SHARDS[0]) for m, p, _ in hub.requests)
+
+    deadline = time.monotonic() + 60
+    while asked() < 4 and time.monotonic() < deadline:  # each for its size, then for itself
+        time.sleep(0.05)
+    hub.go_on.set()
+    folders = {process.communicate(timeout=60)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(folders) == 1
+    folder = Path(folders.pop())
+    assert all((folder / name).read_bytes() == hub.files[name] for name in SHARDS)
+    assert len(hub.fetched(SHARDS[0])) == 1  # the second waited for the first
+    assert leftovers(tmp_path) == []
+
+
+def test_other_files_of_another_family(hub: Hub, download: Callable[..., Path]) -> None:
+    for name in [*SHARDS, "model.safetensors.index.json"]:
+        del hub.files[name]
+    more = ("model.safetensors", "vocab.json", "merges.txt", "a.py", "b.py")
+    hub.files |= {name: name.encode() for name in more}
+    folder = download(required=("config.json", "vocab.json"), optional=("*.txt", "*.py"))
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "vocab.json", "merges.txt", "model.safetensors"}
+    with pytest.raises(CheckpointError, match=r"has no b\.py on the hub"):
+        download(required=("config.json", "b.py"))
+    with pytest.raises(InputError, match="its download was not finished"):
+        download(offline=True)
+    assert download(required=("config.json",), optional=(), offline=True) == folder
 
 
 def test_a_broken_connection_and_a_later_try(hub: Hub, download: Callable[..., Path]) -> None:
     hub.stop_after[SHARDS[1]] = 300_000
-    with pytest.raises(EdgeVLMError, match="continues where it stopped") as caught:
+    with pytest.raises(EdgeVLMError, match="what is finished is kept") as caught:
         download()
     assert caught.value.exit_code == 1
+    assert None not in hub.fetched(SHARDS[1])[1:]  # what it tried again went on where it broke
     hub.stop_after.clear()
     hub.requests.clear()
     folder = download()
     assert hub.fetched(SHARDS[0]) == []
-    (position,) = hub.fetched(SHARDS[1])
-    assert position is not None
+    assert len(hub.fetched(SHARDS[1])) == 1
     assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
 
 
@@ -202,20 +345,27 @@ def test_no_space_for_the_bundle_is_noticed_before_the_download(
 
 
 def test_a_disk_that_fills_up(
-    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, download: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class Full(module._Counted):
-        def write(self, data: Any) -> int:
-            if self.tell() > 200_000:
+    get = huggingface_hub.file_download.http_get
+
+    def full(url: str, file: Any, **options: Any) -> None:
+        def write(data: bytes) -> int:
+            if file.tell() > 200_000:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
+            return int(file.write(data))
+
+        get(url, SimpleNamespace(write=write, tell=file.tell), **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_Counted", Full)
-        with pytest.raises(EdgeVLMError, match="no space left"):
+        patch.setattr(huggingface_hub.file_download, "http_get", full)
+        with pytest.raises(EdgeVLMError, match="no space left") as caught:
             download()
+    assert caught.value.exit_code == 1
+    hub.requests.clear()
     download()
-    assert hub.fetched(SHARDS[0])[-1] is not None
+    assert hub.fetched("tokenizer.json") == []
+    assert leftovers(tmp_path) == []
 
 
 def test_offline(hub: Hub, download: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ import click
 from edge_vlm.cli.options import verbose_option
 
 # Modules of the export extra.
-EXTRA = ("filelock", "gguf", "huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "safetensors")
+EXTRA = ("gguf", "huggingface_hub", "ml_dtypes", "onnx")
 
 DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
 TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
