@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edge_vlm.cli import group
+from edge_vlm.cli.main import group
 
 TARGET = Path(__file__).with_name("commands.md")
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edge_vlm.cli.session import Session
+
 if TYPE_CHECKING:
     from edge_vlm.machine.settings import MachineSettings
 
@@ -212,9 +214,20 @@ def json_option(function: F) -> F:
 
 
 def verbose_option(function: F) -> F:
-    """``-v``."""
+    """``-v``, which the command finds as ``session().verbose``."""
+
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Session).be_verbose()
+
     return click.option(
-        "--verbose", "-v", is_flag=True, help="Say more on stderr, and more about errors."
+        "--verbose",
+        "-v",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=callback,
+        help="Say more on stderr, and more about errors.",
     )(function)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import InputError
+from edge_vlm.machine.plugins import load_plugin, plugins
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import Family, ImageProcessor
@@ -23,7 +23,7 @@ _BUILT_IN = {"jina-vlm": "edge_vlm.families.jina_vlm.family"}
 
 def family_names() -> list[str]:
     """Names that ``find_family`` knows."""
-    return sorted({*_BUILT_IN, *_added()})
+    return sorted({*_BUILT_IN, *plugins(GROUP)})
 
 
 @cache
@@ -36,8 +36,8 @@ def find_family(name: str) -> Family:
     if name in _BUILT_IN:
         found: Family = import_module(_BUILT_IN[name]).FAMILY
         return found
-    if name in _added():
-        added: Family = _added()[name].load()
+    if name in plugins(GROUP):
+        added: Family = load_plugin(plugins(GROUP)[name])
         return added
     raise InputError(f"family {name[:100]!r} is none of {', '.join(family_names())}")
 
@@ -45,8 +45,3 @@ def find_family(name: str) -> Family:
 def family_of(processor: ImageProcessor) -> Family:
     """The family whose image processor this is."""
     return find_family(processor.family)
-
-
-@cache
-def _added() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}

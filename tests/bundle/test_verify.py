@@ -16,7 +16,7 @@ from edge_vlm_export import export_checkpoint
 from edge_vlm_export.steps.manifest import record_files
 
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.cli import group
+from edge_vlm.cli.main import group
 from edge_vlm.cli.models.verify import command
 from edge_vlm.errors import BundleError, CheckpointError, DecoderError, EdgeVLMError, VisionError
 from tests.conftest import GOLDEN

@@ -287,7 +287,7 @@ def test_export_without_its_extra_says_how_to_install(
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'onnx' else find(name, *a)\n"
-        "from edge_vlm.cli import main; main(sys.argv[1:])"
+        "from edge_vlm.cli.main import main; main(sys.argv[1:])"
     )
     checkpoint = str(golden[MODEL].checkpoint)
     result = subprocess.run(

@@ -36,7 +36,7 @@ def modules_after(code: str) -> set[str]:
     "code",
     [
         "import edge_vlm",
-        "from edge_vlm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from edge_vlm.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_import_and_help_are_light(code: str) -> None:

@@ -86,7 +86,7 @@ def test_export_by_name(hub: Hub, tmp_path: Path) -> None:
         "HF_TOKEN": "secret",
     }
     out = tmp_path / "bundle"
-    command = [sys.executable, "-c", "from edge_vlm.cli import main; main()", "export"]
+    command = [sys.executable, "-c", "from edge_vlm.cli.main import main; main()", "export"]
     arguments = ["--out", str(out), "--vision", "fp32", "--decoder", "f32"]
 
     def export(name: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -195,7 +195,7 @@ def _heed_interrupts() -> None:
 def test_ctrl_c_ends_at_once(hub: Hub, download: Callable[..., Path], tmp_path: Path) -> None:
     hub.hold_after[SHARDS[1]] = 300_000
     home = tmp_path / "home"
-    command = [sys.executable, "-c", "from edge_vlm.cli import main; main()", "export"]
+    command = [sys.executable, "-c", "from edge_vlm.cli.main import main; main()", "export"]
     process = subprocess.Popen(
         [*command, "owner/model", "--out", str(tmp_path / "bundle")],
         preexec_fn=_heed_interrupts,

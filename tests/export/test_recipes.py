@@ -11,7 +11,7 @@ from edge_vlm_export.cli.export import command as export
 from edge_vlm_export.steps.recipes import Recipe, expected, read_recipe, recipe_names
 
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.cli import group
+from edge_vlm.cli.main import group
 from edge_vlm.cli.questions.ask import command as ask
 from edge_vlm.errors import InputError
 from tests.conftest import GOLDEN

@@ -26,9 +26,8 @@ def command() -> None:
 @command.command("info")
 @json_option
 @verbose_option
-def info(as_json: bool, verbose: bool) -> None:
+def info(as_json: bool) -> None:
     """Show the folder, its limit and what is in it."""
-    del verbose  # main() looks for it
     store = _store()
     if store is None:
         click.echo(json.dumps({"enabled": False}) if as_json else "the cache is off")
@@ -48,9 +47,8 @@ def info(as_json: bool, verbose: bool) -> None:
 
 @command.command("clear")
 @verbose_option
-def clear(verbose: bool) -> None:
+def clear() -> None:
     """Remove everything that is kept."""
-    del verbose  # main() looks for it
     store = _store()
     if store is None:
         click.echo("the cache is off", err=True)
@@ -62,9 +60,8 @@ def clear(verbose: bool) -> None:
 
 @command.command("path")
 @verbose_option
-def path(verbose: bool) -> None:
+def path() -> None:
     """Print the folder."""
-    del verbose  # main() looks for it
     store = _store()
     if store is None:
         raise click.UsageError("the cache is off (EDGE_VLM_CACHE)")

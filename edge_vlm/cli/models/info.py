@@ -15,13 +15,12 @@ from edge_vlm.cli.options import json_option, verbose_option
 @click.option("--verify", "again", is_flag=True, help="Hash every file again, also large ones.")
 @json_option
 @verbose_option
-def command(model: str | None, again: bool, as_json: bool, verbose: bool) -> None:
+def command(model: str | None, again: bool, as_json: bool) -> None:
     """Show what a bundle is and whether its files are intact.
 
     Files are compared with the checksums in the manifest; a large file that was found right and
     did not change since is not hashed again, unless --verify is given.
     """
-    del verbose  # main() looks for it
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.bundle.find import find_bundle
     from edge_vlm.bundle.manifest import Bundle

@@ -14,7 +14,7 @@ from edge_vlm.cli.options import verbose_option
 @click.argument("model", required=False, metavar="PATH_OR_NAME")
 @click.option("--reset", is_flag=True, help="Forget the choice.")
 @verbose_option
-def command(model: str | None, reset: bool, verbose: bool) -> None:
+def command(model: str | None, reset: bool) -> None:
     """Choose the model that commands and EdgeVLM.load() use when none is named.
 
     --model and EDGE_VLM_MODEL go before the choice. Without an argument the choice is shown, and
@@ -24,7 +24,6 @@ def command(model: str | None, reset: bool, verbose: bool) -> None:
     edge-vlm use ./jina-vlm-bundle
     edge-vlm use demo
     """
-    del verbose  # main() looks for it
     from edge_vlm.bundle.find import (
         CHOICE_NAME,
         EMBEDDED,

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 )
 @json_option
 @verbose_option
-def command(
-    model: str | None, against: Path | None, samples: str | None, as_json: bool, verbose: bool
-) -> None:
+def command(model: str | None, against: Path | None, samples: str | None, as_json: bool) -> None:
     """Check a bundle: hash its files, run a picture through it, show its report.
 
     The report is what the exporter measured. With --against it is measured again, and the command
@@ -42,7 +40,6 @@ def command(
     edge-vlm verify ./jina-vlm-bundle
     edge-vlm verify ./jina-vlm-bundle --against ./jina-vlm
     """
-    del verbose  # main() looks for it
     if samples is not None and against is None:
         raise click.UsageError("--samples is for --against")
     if against is not None:

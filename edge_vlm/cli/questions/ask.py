@@ -19,6 +19,7 @@ from edge_vlm.cli.options import (
     no_cache_option,
     verbose_option,
 )
+from edge_vlm.cli.session import session
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer
@@ -56,7 +57,6 @@ def command(
     model: str | None,
     messages: str | None,
     as_json: bool,
-    verbose: bool,
     **options: Any,
 ) -> None:
     """Answer QUESTION about pictures; they come first, the question last.
@@ -89,7 +89,7 @@ def command(
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
     elif not sys.stdout.closed:
         click.echo()
-    if verbose:
+    if session().verbose:
         _report(answer)
 
 

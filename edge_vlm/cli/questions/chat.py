@@ -20,6 +20,7 @@ from edge_vlm.cli.options import (
     no_cache_option,
     verbose_option,
 )
+from edge_vlm.cli.session import session
 from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ def command(
     drop_oldest: bool,
     no_history: bool,
     as_json: bool,
-    verbose: bool,
     **options: Any,
 ) -> None:
     """Talk about pictures: the first question is about the IMAGEs given, /image adds more.
@@ -93,10 +93,12 @@ def command(
     vlm = _load(model, settings)
     history = None if no_history else state_folder() / "chat_history"
     with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
-        session = _Session(chat, lines, settings, list(images), as_json, verbose, drop_oldest)
+        talk = _Session(
+            chat, lines, settings, list(images), as_json, session().verbose, drop_oldest
+        )
         if load:
-            session.load(load)
-        code = session.run()
+            talk.load(load)
+        code = talk.run()
     if code:
         raise SystemExit(code)
 

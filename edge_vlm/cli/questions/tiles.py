@@ -33,7 +33,6 @@ def command(
     max_tiles: int | None,
     max_pixels: int | None,
     allow_format: tuple[str, ...],
-    verbose: bool,
 ) -> None:
     """Draw how IMAGE is cut into tiles, with the image tokens of each part.
 
@@ -44,7 +43,6 @@ def command(
     edge-vlm tiles photo.jpg -o tiles.png
     edge-vlm tiles page.png --model jina-vlm --max-tiles 6 -o tiles.png
     """
-    del verbose  # main() looks for it
     from edge_vlm.cli.choose import image_processor
     from edge_vlm.machine.files import write_file
     from edge_vlm.machine.settings import MachineSettings

@@ -83,7 +83,6 @@ def command(
     when_changed: bool,
     tolerance: float,
     model: str | None,
-    verbose: bool,
     **options: Any,
 ) -> None:
     """Answer QUESTION about each new picture, one line of JSON for each.
@@ -96,7 +95,6 @@ def command(
     edge-vlm watch --camera 0 --every 10 --when-changed --tolerance 3 "What changed?"
     edge-vlm watch --command "grim -t png -" --every 5 "Is there an error message?"
     """
-    del verbose  # main() looks for it
     if sum(source is not None for source in (folder, camera, program)) != 1:
         raise click.UsageError("give one of --dir, --camera and --command")
     if not question.strip():

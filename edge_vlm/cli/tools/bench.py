@@ -110,7 +110,6 @@ def command(
     baseline_model: str | None,
     max_tiles: int | None,
     as_json: bool,
-    verbose: bool,
     **engines: Any,
 ) -> None:
     """Measure load, vision, prefill, decode and memory on this machine.
@@ -123,7 +122,6 @@ def command(
     edge-vlm bench --size 1920x1080 --residency in-turns
     edge-vlm bench --synthetic jina-vlm --recipe laptop --baseline
     """
-    del verbose  # main() looks for it
     from edge_vlm.bundle.find import find_bundle
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.measure.bench import baseline_variant, bench, own_variant

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.session import session
 
 if TYPE_CHECKING:
     from edge_vlm.measure.doctor import Report
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("doctor")
 @json_option
 @verbose_option
-def command(as_json: bool, verbose: bool) -> None:
+def command(as_json: bool) -> None:
     """Show what this machine is, how the engines were built, and what would make it faster.
 
     Nothing is changed and nothing leaves the machine. The exit code is 1 when an engine does not
@@ -28,7 +29,7 @@ def command(as_json: bool, verbose: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
-        _show(report, verbose)
+        _show(report, session().verbose)
     if report.errors:
         raise SystemExit(1)
 

@@ -19,6 +19,7 @@ from edge_vlm.cli.options import (
     verbose_option,
     within_option,
 )
+from edge_vlm.cli.session import session
 
 if TYPE_CHECKING:
     from edge_vlm.machine.engine_settings import EngineSettings
@@ -74,7 +75,6 @@ def command(
     max_pixels: int | None,
     allow_format: tuple[str, ...],
     as_json: bool,
-    verbose: bool,
     **request: Any,
 ) -> None:
     """Show how a picture is tiled and what it costs, without running a model.
@@ -132,7 +132,7 @@ def command(
         click.echo(json.dumps({**data, "seconds_from": source}))
         return
     _show(plan, sizes, settings, source, profile)
-    if verbose and profile:
+    if profile and session().verbose:
         for line in profile.sources:
             click.echo(f"estimated from {line}", err=True)
 

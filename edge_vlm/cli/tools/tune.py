@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--reset", is_flag=True, help="Forget what was found earlier.")
 @json_option
 @verbose_option
-def command(model: str | None, show: bool, reset: bool, as_json: bool, verbose: bool) -> None:
+def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
     """Find the settings that are fastest for a model on this machine, and keep them.
 
     Takes some minutes for a model of full size; close other programs first. The result is used
@@ -31,7 +31,6 @@ def command(model: str | None, show: bool, reset: bool, as_json: bool, verbose: 
     edge-vlm tune
     edge-vlm tune --show
     """
-    del verbose  # main() looks for it
     if show and reset:
         raise click.UsageError("give either --show or --reset")
     from edge_vlm.bundle.find import find_bundle

@@ -123,7 +123,6 @@ def command(
     allow_loss: bool,
     name: str | None,
     force: bool,
-    verbose: bool,
 ) -> None:
     """Turn a jina-vlm CHECKPOINT into a bundle.
 
@@ -138,7 +137,6 @@ def command(
     edge-vlm export jinaai/jina-vlm --out ./jina-vlm-bundle
     edge-vlm export ./jina-vlm --out ./jina-vlm-bundle
     """
-    del verbose  # main() looks for it
     require_extra("export")
     from edge_vlm.cli.display import Steps
     from edge_vlm_export import export_checkpoint

@@ -8,8 +8,8 @@ from typing import NoReturn
 import click
 
 from edge_vlm import __version__
-from edge_vlm.cli import run
 from edge_vlm.cli.display import Steps
+from edge_vlm.cli.main import run
 from edge_vlm.cli.options import verbose_option
 
 
@@ -40,7 +40,6 @@ def synthesize_command(
     layers: int | None,
     vision_layers: int | None,
     seed: int,
-    verbose: bool,
 ) -> None:
     """Write a random checkpoint in the released layout and size.
 
@@ -51,7 +50,6 @@ def synthesize_command(
     edge-vlm-export synthesize --out ./random
     edge-vlm export ./random --out ./random-bundle
     """
-    del verbose  # main() looks for it
     from edge_vlm_export.synthetic.checkpoint import synthesize
 
     with Steps() as steps:

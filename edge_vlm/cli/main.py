@@ -1,0 +1,130 @@
+"""The ``edge-vlm`` command: finds its subcommands, and ends every error in one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from edge_vlm import __version__
+from edge_vlm.cli.session import Session
+from edge_vlm.errors import EdgeVLMError
+from edge_vlm.machine.plugins import load_plugin, plugins
+
+GROUP = "edge_vlm.commands"  # entry points of other packages, each a click command
+_BUILT_IN = {  # room and help, so that listing them imports none
+    "ask": ("questions", "Answer a question about pictures."),
+    "bench": ("tools", "Measure load, vision, prefill, decode and memory on this machine."),
+    "cache": ("models", "Show, clear or find what is kept on disk of pictures."),
+    "chat": ("questions", "Talk about pictures, one question after another."),
+    "completion": ("tools", "Print the script that completes edge-vlm's commands in a shell."),
+    "doctor": ("tools", "Show what this machine is and what would make it faster."),
+    "info": ("models", "Show what a bundle is and whether its files are intact."),
+    "plan": ("tools", "Show how a picture is tiled and what it costs, without running a model."),
+    "tiles": ("questions", "Draw how a picture is cut into tiles."),
+    "tune": ("tools", "Find the settings that are fastest on this machine, and keep them."),
+    "use": ("models", "Choose the model that is used when none is named."),
+    "verify": ("models", "Check a bundle, also against the checkpoint it was made from."),
+    "watch": ("questions", "Answer about each new picture of a folder, a camera or a command."),
+}
+_HELP = {"export": "Turn a checkpoint into a bundle."}  # of the exporter, which comes along
+
+
+class Commands(click.Group):
+    """Built-in commands and those of the entry-point group; imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in alphabetical order."""
+        return sorted({*_BUILT_IN, *plugins(GROUP)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name in _BUILT_IN:
+            room, _ = _BUILT_IN[cmd_name]
+            module = importlib.import_module(f"edge_vlm.cli.{room}.{cmd_name}")
+            command: click.Command = module.command
+            return command
+        if cmd_name in plugins(GROUP):
+            added: click.Command = load_plugin(plugins(GROUP)[cmd_name])
+            return added
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List them without importing any."""
+        known = {name: text for name, (_, text) in _BUILT_IN.items()} | _HELP
+        rows = [
+            (name, known.get(name) or f"Of {plugins(GROUP)[name].split('.')[0]}.")
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "EDGE_VLM"},
+)
+@click.version_option(__version__, prog_name="edge-vlm")
+def group() -> None:
+    """Ask a real vision-language model about pictures. Nothing leaves this machine.
+
+    \b
+    edge-vlm ask photo.jpg "What is on the table?"
+    edge-vlm plan 2728x2046 --model jina-vlm
+    """
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line."""
+    run(group, "edge-vlm", args)
+
+
+def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
+    """Run a command line; every error a user can cause ends in one line."""
+    session = Session()
+    try:
+        with session.listening():
+            code = command.main(args, prog_name=name, standalone_mode=False, obj=session)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except EdgeVLMError as error:
+        _fail(error, session.verbose, error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader has gone; give the interpreter a stdout that it can flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except MemoryError as error:
+        _fail(EdgeVLMError("not enough memory"), session.verbose, 1, error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(EdgeVLMError(f"{where}{error.strerror or error}"), session.verbose, 1, error)
+    except Exception as error:
+        hint = "" if session.verbose else "; run again with -v for the details and please report it"
+        _fail(
+            EdgeVLMError(f"unexpected {type(error).__name__}: {error}{hint}"),
+            session.verbose,
+            1,
+            error,
+        )
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(
+    error: EdgeVLMError, verbose: bool, code: int, cause: BaseException | None = None
+) -> NoReturn:
+    if verbose:
+        import traceback
+
+        details = cause or error.__cause__
+        if details:
+            click.echo("".join(traceback.format_exception(details)), err=True, nl=False)
+    message = " ".join(str(error).split())
+    click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
+    raise SystemExit(code)
