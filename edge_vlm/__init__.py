@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer, AskOptions, Timings
+    from edge_vlm.answering.asynchronous import AsyncChat, AsyncEdgeVLM, AsyncStream
     from edge_vlm.answering.chat import Chat, Stream
     from edge_vlm.answering.model import EdgeVLM
     from edge_vlm.errors import (
@@ -39,6 +40,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "AskOptions",
+    "AsyncChat",
+    "AsyncEdgeVLM",
+    "AsyncStream",
     "BudgetError",
     "BundleError",
     "CancelToken",
@@ -63,6 +67,7 @@ __all__ = [
 
 _MODULES = {
     "answering.answer": ("Answer", "AskOptions", "Timings"),
+    "answering.asynchronous": ("AsyncChat", "AsyncEdgeVLM", "AsyncStream"),
     "answering.chat": ("Chat", "Stream"),
     "answering.model": ("EdgeVLM",),
     "machine.settings": ("MachineSettings",),

@@ -15,6 +15,7 @@ from edge_vlm.decoder import llama
 from edge_vlm.decoder.kv_move import N_SEQUENCES, copy_cells, move_cells
 from edge_vlm.decoder.weights import Weights
 from edge_vlm.errors import Cancelled, DecoderError
+from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
     FLASH_ROWS,
     FLASH_TILE,
@@ -288,10 +289,10 @@ class Context:
             "on": api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
             "auto": api.LLAMA_FLASH_ATTN_TYPE_AUTO,
         }[flash_attention]
-        llama.forget_errors()
+        process.forget_errors()
         context = api.llama_init_from_model(model, params)
         if not context:
-            raise DecoderError(f"llama.cpp could not create a context{llama.because()}")
+            raise DecoderError(f"llama.cpp could not create a context{process.because()}")
         return context
 
     def _append(
@@ -332,13 +333,13 @@ class Context:
         else:
             batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        llama.forget_errors()
+        process.forget_errors()
         result = api.llama_decode(self._open(), batch)
         if result == 0:
             return
         if result == _ABORTED and cancel and cancel.is_set:
             raise Cancelled("stopped while the decoder was working")
-        raise DecoderError(f"llama.cpp failed with code {result}{llama.because()}")
+        raise DecoderError(f"llama.cpp failed with code {result}{process.because()}")
 
     def _kv_bytes(self, n_positions: int) -> int:
         """Bytes of a KV cache for at least so many positions."""

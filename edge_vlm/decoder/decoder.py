@@ -18,6 +18,7 @@ from edge_vlm.decoder.sampler import Sampler
 from edge_vlm.decoder.weights import Weights
 from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.forms.guide import Vocabulary
+from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
 
@@ -45,13 +46,11 @@ class Decoder:
         in_turns: bool = False,
         logs: bool = False,
     ) -> None:
-        from edge_vlm.decoder import llama
-
         engines = engines or untuned(bundle.manifest.decoder.precision)
         self._settings = ContextSettings(engines, kv_type, kv_budget)
         self._closed = False
         self._weights = Weights(bundle, engines, layers_on_gpu, in_turns)
-        llama.set_logs(logs)
+        process.set_logs(logs)
         self._api = self._weights.api
         self._geometry = self._weights.geometry
         self._guard = threading.RLock()

@@ -1,11 +1,10 @@
-"""llama.cpp in this process: loaded once, its log, and what its functions need to be given.
+"""llama.cpp in this process: loaded once, and what its functions need to be given.
 
 llama-cpp-python's low-level functions mirror ``llama.h`` of the pinned release.
 """
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import sys
 import threading
@@ -14,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.decoder.waiting import Patience, is_decided, long_waits
+from edge_vlm.decoder.waiting import Patience
 from edge_vlm.machine.memory import forget_mapped
+from edge_vlm.machine.process import llama_log, long_waits, waits_are_decided
 
-_LOG_ERROR = 4
 _FORGET_EVERY = 1 / 32  # of a file that is loaded
 
 
@@ -27,7 +26,7 @@ def load(spinning: bool) -> Patience | None:
     None, if they are to spin always or the user has decided. The first call counts: see
     ``patience``.
     """
-    if spinning or is_decided():
+    if spinning or waits_are_decided():
         return None
     with long_waits():
         import llama_cpp  # noqa: F401 (loaded here for what libgomp reads)
@@ -40,7 +39,7 @@ def api() -> Any:
     import llama_cpp
 
     module = llama_cpp.llama_cpp
-    module.llama_log_set(_log, ctypes.c_void_p())
+    module.llama_log_set(llama_log, ctypes.c_void_p())
     module.llama_backend_init()
     return module
 
@@ -54,22 +53,6 @@ def build_info() -> tuple[str, bool]:
 def ggml_type(name: str) -> int:
     """The number of a tensor type."""
     return int(getattr(api(), f"GGML_TYPE_{name.upper()}"))
-
-
-def set_logs(enabled: bool) -> None:
-    """Whether llama.cpp's log is printed; it is one for the process."""
-    global _print_logs
-    _print_logs = enabled
-
-
-def forget_errors() -> None:
-    """Before a call, for ``because``."""
-    _recent_errors.clear()
-
-
-def because() -> str:
-    """The first error that was logged since they were forgotten, as the end of a message."""
-    return f": {_recent_errors[0]}" if _recent_errors else ""
 
 
 def load_model(path: Path, params: Any, *, mapped: bool) -> Any:
@@ -121,18 +104,3 @@ def never_abort() -> Any:
 @cache
 def _patience() -> Patience:
     return Patience(api()._lib)
-
-
-_recent_errors: collections.deque[str] = collections.deque(maxlen=8)
-_print_logs = False
-
-
-def _on_log(level: int, text: bytes, _user_data: object) -> None:
-    message = text.decode("utf-8", "replace")
-    if level == _LOG_ERROR:
-        _recent_errors.append(" ".join(message.split())[:300])
-    if _print_logs:
-        sys.stderr.write(message)
-
-
-_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_on_log)

@@ -22,26 +22,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_VARIABLES = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000000"}  # about half a second
 _INTERVAL = 0.2  # seconds between two looks at the machine
 _NOTICED = 0.3  # cores that others may take; the clock of Linux has a resolution of 0.05 to 0.1
 _QUIET_LOOKS = 2  # in turn, until it is believed
-
-
-def is_decided() -> bool:
-    """Whether the user has told libgomp how long to wait."""
-    return not _VARIABLES.keys().isdisjoint(os.environ)
-
-
-@contextlib.contextmanager
-def long_waits() -> Iterator[None]:
-    """For libgomp, if it is loaded meanwhile; not for the processes that this one starts."""
-    os.environ.update(_VARIABLES)
-    try:
-        yield
-    finally:
-        for name in _VARIABLES:
-            del os.environ[name]
 
 
 class Patience:

@@ -10,6 +10,7 @@ from typing import Any
 from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
 from edge_vlm.decoder import llama
 from edge_vlm.errors import BundleError
+from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.providers import gpu_layers
 
@@ -90,10 +91,10 @@ class Weights:
         params.vocab_only = vocab_only
         params.use_extra_bufts = self.repack
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if self.mmap else api.LLAMA_LOAD_MODE_NONE
-        llama.forget_errors()
+        process.forget_errors()
         model = llama.load_model(self.path, params, mapped=self.mmap)
         if not model:
-            raise BundleError(f"{self.path}: llama.cpp cannot load it{llama.because()}")
+            raise BundleError(f"{self.path}: llama.cpp cannot load it{process.because()}")
         return model
 
     def _check_geometry(self) -> None:

@@ -1,9 +1,19 @@
-"""onnxruntime, imported so that it keeps to itself."""
+"""What is one for the whole process: variables that libraries read when they are loaded, and
+llama.cpp's log. Nothing else in the package changes the process.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
+
+_OMP = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000000"}  # about half a second
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 def import_onnxruntime() -> Any:
@@ -20,3 +30,51 @@ def import_onnxruntime() -> Any:
 
     onnxruntime.disable_telemetry_events()
     return onnxruntime
+
+
+def waits_are_decided() -> bool:
+    """Whether the user has told libgomp how long threads wait for each other."""
+    return not _OMP.keys().isdisjoint(os.environ)
+
+
+@contextlib.contextmanager
+def long_waits() -> Iterator[None]:
+    """For libgomp, if it is loaded meanwhile; not for the processes that this one starts."""
+    os.environ.update(_OMP)
+    try:
+        yield
+    finally:
+        for name in _OMP:
+            del os.environ[name]
+
+
+def set_logs(enabled: bool) -> None:
+    """Whether llama.cpp's log is printed."""
+    global _print_logs
+    _print_logs = enabled
+
+
+def forget_errors() -> None:
+    """Before a call, for ``because``."""
+    _recent_errors.clear()
+
+
+def because() -> str:
+    """The first error that was logged since they were forgotten, as the end of a message."""
+    return f": {_recent_errors[0]}" if _recent_errors else ""
+
+
+_recent_errors: collections.deque[str] = collections.deque(maxlen=8)
+_print_logs = False
+
+
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    message = text.decode("utf-8", "replace")
+    if level == _LOG_ERROR:
+        _recent_errors.append(" ".join(message.split())[:300])
+    if _print_logs:
+        sys.stderr.write(message)
+
+
+# What llama.cpp is given as its log's receiver.
+llama_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_on_log)

@@ -1,0 +1,257 @@
+"""The same for asyncio: work runs in threads, and stops when its task is cancelled.
+
+Progress is reported in the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edge_vlm.answering.answer import Answer, AskKeywords
+from edge_vlm.answering.chat import Chat, Stream
+from edge_vlm.answering.model import EdgeVLM
+from edge_vlm.errors import DecoderError
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.pictures.picture import EncodedImage
+from edge_vlm.progress import CancelToken, OnProgress, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from edge_vlm.engines import Decoder, VisionTower
+
+T = TypeVar("T")
+
+
+class _Closing:
+    """``async with`` closes."""
+
+    async def aclose(self) -> None:
+        """Free what is held."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+class AsyncStream(_Closing):
+    """Pieces of an answer: ``async for piece in stream``; afterwards ``answer`` holds all of it."""
+
+    def __init__(self, begin: Callable[[CancelToken], Stream], cancel: CancelToken | None) -> None:
+        self._begin = begin
+        self._stream: Stream | None = None
+        self._given, self._cancel = cancel, CancelToken()
+        if cancel:
+            cancel.listen(self._cancel.set)
+        # One thread for the whole answer: libgomp's threads belong to the one that calls it.
+        self._thread = ThreadPoolExecutor(1, "edge-vlm answer")
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            piece = await _in_thread(self._next, self._cancel, self._thread)
+        except BaseException:
+            await self.aclose()
+            raise
+        if piece is None:
+            await self.aclose()
+            raise StopAsyncIteration
+        return piece
+
+    def _next(self) -> str | None:
+        if self._stream is None:
+            self._stream = self._begin(self._cancel)
+        return next(self._stream, None)
+
+    @property
+    def answer(self) -> Answer:
+        """As of ``Stream``.
+
+        Raises:
+            DecoderError: the stream was not read to its end.
+        """
+        if self._stream is None:
+            raise DecoderError("the answer is not complete; read the stream to its end first")
+        return self._stream.answer
+
+    async def result(self) -> Answer:
+        """Read to the end; the whole answer."""
+        async for _ in self:
+            pass
+        return self.answer
+
+    async def aclose(self) -> None:
+        """Stop here; what was yielded stays valid."""
+        self._cancel.set()
+        if self._given:
+            self._given.forget(self._cancel.set)
+            self._given = None
+        with contextlib.suppress(RuntimeError):  # it was closed before
+            close = self._thread.submit(lambda: self._stream.close() if self._stream else None)
+            self._thread.shutdown(wait=False)
+            await asyncio.wrap_future(close)
+
+
+class AsyncChat(_Closing):
+    """A conversation; made by ``AsyncEdgeVLM.chat``. ``chat`` is the one that it works with."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    async def ask(
+        self,
+        *asked: Any,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer:
+        """Answer the next question, (question) or (images, question)."""
+        return await self.stream(*asked, progress=progress, cancel=cancel, **options).result()
+
+    def stream(
+        self,
+        *asked: Any,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> AsyncStream:
+        """As ``ask``, piece by piece; see ``Chat.stream``."""
+        report = _in_loop(progress)
+        how: dict[str, Any] = {"keep_partial": keep_partial, **options}
+        return AsyncStream(
+            lambda token: self.chat.stream(*asked, progress=report, cancel=token, **how), cancel
+        )
+
+    async def aclose(self) -> None:
+        """Free the KV cache."""
+        await asyncio.to_thread(self.chat.close)
+
+
+class AsyncEdgeVLM(_Closing):
+    """A loaded model; ``vlm`` is the one that it works with.
+
+        async with await AsyncEdgeVLM.load() as vlm:
+            print(await vlm.ask("receipt.jpg", "What is the total?"))
+
+    A task that is cancelled stops its answer between two operators of an engine.
+    """
+
+    def __init__(self, vlm: EdgeVLM) -> None:
+        self.vlm = vlm
+
+    @classmethod
+    async def load(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        settings: MachineSettings | None = None,
+        progress: OnProgress | None = None,
+        vision: VisionTower | None = None,
+        decoder: Decoder | None = None,
+    ) -> AsyncEdgeVLM:
+        """Load a bundle; arguments and errors as ``EdgeVLM.load``."""
+        report = _in_loop(progress)
+        return cls(
+            await asyncio.to_thread(
+                EdgeVLM.load,
+                model,
+                settings=settings,
+                progress=report,
+                vision=vision,
+                decoder=decoder,
+            )
+        )
+
+    async def ask(
+        self,
+        images: Any = (),
+        question: str | None = None,
+        *,
+        messages: Any = None,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer:
+        """Answer a question about pictures; arguments and errors as ``EdgeVLM.ask``."""
+        return await self.stream(
+            images, question, messages=messages, progress=progress, cancel=cancel, **options
+        ).result()
+
+    def stream(
+        self,
+        images: Any = (),
+        question: str | None = None,
+        *,
+        messages: Any = None,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> AsyncStream:
+        """As ``ask``, piece by piece. What is wrong with the request is raised by the first one."""
+        report = _in_loop(progress)
+
+        def begin(token: CancelToken) -> Stream:
+            return self.vlm.stream(
+                images, question, messages=messages, progress=report, cancel=token, **options
+            )
+
+        return AsyncStream(begin, cancel)
+
+    async def encode(
+        self,
+        image: Any,
+        *,
+        max_tiles: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> EncodedImage:
+        """Look at a picture once; see ``EdgeVLM.encode``."""
+        report, token = _in_loop(progress), CancelToken()
+
+        def work() -> EncodedImage:
+            return self.vlm.encode(image, max_tiles=max_tiles, progress=report, cancel=token)
+
+        return await _in_thread(work, token)
+
+    def chat(self, **options: Unpack[AskKeywords]) -> AsyncChat:
+        """A conversation that keeps its KV cache; see ``EdgeVLM.chat``."""
+        return AsyncChat(self.vlm.chat(**options))
+
+    async def aclose(self) -> None:
+        """Free the model. Answers and chats that are still open keep it until they end."""
+        await asyncio.to_thread(self.vlm.close)
+
+
+async def _in_thread(
+    work: Callable[[], T], cancel: CancelToken, executor: Executor | None = None
+) -> T:
+    """Run ``work`` in a thread; if the task is cancelled it is stopped, and its end waited for."""
+    future = asyncio.get_running_loop().run_in_executor(executor, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        cancel.set()
+        await asyncio.wait([future])
+        future.exception()  # it was stopped: nobody else will look
+        raise
+
+
+def _in_loop(progress: OnProgress | None) -> OnProgress | None:
+    """The same callback, called in the event loop."""
+    if progress is None:
+        return None
+    loop = asyncio.get_running_loop()
+
+    def report(event: Progress) -> None:
+        loop.call_soon_threadsafe(progress, event)
+
+    return report
