@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -24,8 +24,6 @@ from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 from edge_vlm.families.llava_onevision.released import RELEASED
 from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
 from edge_vlm.families.sizes import Vision, VisionWork
-
-PHOTO = 2.25  # times as many pixels as the largest resolution: 12 megapixels
 
 
 class LlavaOneVision(Family):
@@ -80,9 +78,9 @@ class LlavaOneVision(Family):
         """One of several pictures is a single crop."""
         return processor.model_copy(update={"tiled": n_pictures < 2})
 
-    def photo_pixels(self, processor: OneVisionImageProcessor) -> int:
-        """More than the largest resolution has."""
-        return int(PHOTO * processor.max_tiles * processor.tile_size**2)
+    def largest(self, processor: OneVisionImageProcessor) -> Sequence[tuple[int, int]]:
+        """See ``tiling.largest_pictures``."""
+        return tiling.largest_pictures(processor)
 
     def boxes(
         self, plan: OneVisionLayout, processor: OneVisionImageProcessor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +121,29 @@ def scaled_down(kept: Size, settings: OneVisionImageProcessor) -> Size:
     rows, columns = kept
     ratio = math.sqrt(rows * columns / (settings.max_vectors * settings.side**2))
     return (int(rows // ratio), int(columns // ratio)) if ratio > TOLERATED else kept
+
+
+@cache
+def largest_pictures(settings: OneVisionImageProcessor) -> tuple[Size, ...]:
+    """(width, height) of the picture with the most tokens, and of one with the most tiles.
+
+    They differ, because the vectors of many tiles are scaled down. The most tokens have pictures
+    that fill a resolution but for as much padding as keeps them from that.
+    """
+    tile, side = settings.tile_size, settings.side
+    most = math.floor(TOLERATED**2 * settings.max_vectors * side**2)
+    shapes: list[Size] = []
+    for rows, columns in settings.grids:
+        shapes.append((columns * tile, rows * tile))
+        for n_kept in {min(rows * side, most // (columns * side) + extra) for extra in (-1, 0)}:
+            shapes.append((columns * tile, max(1, n_kept * tile // side)))
+        for n_kept in {min(columns * side, most // (rows * side) + extra) for extra in (-1, 0)}:
+            shapes.append((max(1, n_kept * tile // side), rows * tile))
+    plans = {shape: plan_tiling(shape[1], shape[0], settings) for shape in shapes}
+    return (
+        max(shapes, key=lambda shape: plans[shape].n_tokens),
+        max(shapes, key=lambda shape: plans[shape].n_crops),
+    )
 
 
 def cut_tiles(pixels: UInt8, settings: OneVisionImageProcessor) -> Tiles:
