@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 from edge_vlm.families.llava_onevision.released import IMAGE_PROCESSOR as ONEVISION
+from edge_vlm.families.llava_onevision.released import RELEASED
 from edge_vlm.families.llava_onevision.tiling import plan_tiling
 from edge_vlm.families.sizes import Decoder
 
@@ -186,7 +187,7 @@ OTHER_MODELS = (
     OtherModel("LLaVA-1.5 13B", _decoder(40, 5120, 13824, 40, 40, 32064), 0.336e9, llava_15),
     OtherModel("LLaVA-NeXT 7B", _decoder(32, 4096, 14336, 32, 8, 32064), 0.325e9, llava_next),
     OtherModel(
-        "LLaVA-OneVision 7B", _decoder(28, 3584, 18944, 28, 4, 152128), 0.415e9, llava_onevision
+        "LLaVA-OneVision 7B", RELEASED["llava-onevision-7b"].decoder, 0.415e9, llava_onevision
     ),
     OtherModel(
         "Llama 3.2 Vision 11B",
