@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from edge_vlm.answering.engine import Engine
 from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, State, Turn
 from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError, PromptError
+from edge_vlm.families.registry import family_of
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.picture import EncodedImage, Picture, open_picture, seen_among
 from edge_vlm.planning.budget import budget_positions, limit_tiles
@@ -200,11 +202,12 @@ class Conversation:
         """
         engine, settings = self._engine, self._engine.settings
         sources: Sequence[object] = images_of(new)
+        n_pictures = len(old.pictures) + len(sources)
         limits = [n for n in (max_tiles, settings.max_tiles) if n is not None]
         if within is not None and sources:
-            limits.append(self._tiles_within(within, sources := [*map(self._read, sources)]))
+            sources = [*map(self._read, sources)]
+            limits.append(self._tiles_within(within, sources, n_pictures))
         processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
-        n_pictures = len(old.pictures) + len(sources)
         there = [seen_among(picture, n_pictures, engine) for picture in old.pictures]
         if any(now is not before for now, before in zip(there, old.pictures, strict=True)):
             _log.warning("with %d pictures, those that were there are looked at anew", n_pictures)
@@ -220,13 +223,15 @@ class Conversation:
             source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
         )
 
-    def _tiles_within(self, seconds: float, sources: Sequence[object]) -> int:
+    def _tiles_within(self, seconds: float, sources: Sequence[object], n_pictures: int) -> int:
         engine = self._engine
+        model = ModelSizes.of(engine.manifest)
+        processor = family_of(model.processor).beside(model.processor, n_pictures)
         sizes = [(one.shape[1], one.shape[0]) for one in sources if isinstance(one, np.ndarray)]
         return tiles_within(
             seconds,
             sizes,
-            ModelSizes.of(engine.manifest),
+            replace(model, processor=processor),
             engine.settings,
             engine.engines,
             engine.speeds,

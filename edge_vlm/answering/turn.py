@@ -13,6 +13,7 @@ from edge_vlm.answering.engine import Engine
 from edge_vlm.answering.generate import Reply, generate, pick
 from edge_vlm.engines import Context
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError
+from edge_vlm.families.registry import family_of
 from edge_vlm.forms.guide import Guide
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.pictures.picture import Crops, Picture, encode_pictures
@@ -161,10 +162,11 @@ class Turn:
         engine, options, settings = self._engine, self._options, self._engine.settings
         geometry = engine.manifest.decoder
         wanted = max(map(len, choices.values())) if choices else options.max_tokens
+        processor = limit_tiles(engine.manifest.image_processor, options.max_tiles)
         check_budget(
             n_prompt + min(wanted, MIN_ANSWER_TOKENS),
             [(p.use.size[1], p.use.size[0]) for p in pictures],
-            limit_tiles(engine.manifest.image_processor, options.max_tiles),
+            family_of(processor).beside(processor, len(pictures)),
             geometry,
             settings.kv_budget,
             settings.kv_type,

@@ -197,8 +197,11 @@ class Family(ABC):
         return processor
 
     @abstractmethod
-    def photo_pixels(self, processor: Any) -> int:
-        """Pixels of a photo that is larger than what the model sees of it."""
+    def largest(self, processor: Any) -> Sequence[tuple[int, int]]:
+        """Sizes of pictures, (width, height), one of which costs as much as any can.
+
+        The picture with the most tokens is among them.
+        """
 
     @abstractmethod
     def boxes(self, plan: Any, processor: Any) -> Iterator[tuple[Box, Box, int]]:

@@ -7,10 +7,24 @@ published code, named at each function, and were written anew here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm.families.llava_onevision.released import IMAGE_PROCESSOR as ONEVISION
+from edge_vlm.families.llava_onevision.released import RELEASED
+from edge_vlm.families.llava_onevision.tiling import plan_tiling
 from edge_vlm.families.sizes import Decoder
+
+# Counts as LLaVA-OneVision does, with smaller tiles and never scaled down.
+_LLAVA_NEXT = OneVisionImageProcessor(
+    patch_size=14,
+    tile_size=336,
+    grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+    max_vectors=4,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
 
 Size = tuple[int, int]  # width, height, in pixels, tiles or patches
 
@@ -50,22 +64,12 @@ def llava_next(width: int, height: int) -> Usage:
 
     Source: transformers, models/llava_next (image grid points and pack_image_features).
     """
-    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-    columns, rows = _unpadded((width, height), _best_grid((width, height), grids, 336), 24)
-    return Usage(24 * 24 + rows * (columns + 1))
+    return Usage(plan_tiling(height, width, _LLAVA_NEXT).n_tokens)
 
 
 def llava_onevision(width: int, height: int) -> Usage:
-    """A base view and up to 36 tiles of 384, whose vectors are reduced to those of nine.
-
-    Source: transformers, models/llava_onevision (anyres_max_9, SigLIP with 27 x 27 patches).
-    """
-    grids = [(columns, rows) for columns in range(1, 7) for rows in range(1, 7)]
-    columns, rows = _unpadded((width, height), _best_grid((width, height), grids, 384), 27)
-    excess = math.sqrt(columns * rows / (9 * 27**2))
-    if excess > 1.1:
-        columns, rows = int(columns // excess), int(rows // excess)
-    return Usage(27 * 27 + rows * (columns + 1))
+    """As ``families.llava_onevision`` for the released models."""
+    return Usage(plan_tiling(height, width, ONEVISION).n_tokens)
 
 
 def llama_32_vision(width: int, height: int) -> Usage:
@@ -139,28 +143,6 @@ def phi_4_multimodal(width: int, height: int) -> Usage:
     return Usage(256 + 1 + kept[0] * kept[1] + kept[1] + 16)
 
 
-def _best_grid(size: Size, grids: Iterable[Size], tile: int) -> Size:
-    """The grid that keeps most of the picture's pixels, then wastes the fewest of its own."""
-
-    def fit(grid: Size) -> tuple[int, int]:
-        width, height = grid[0] * tile, grid[1] * tile
-        scale = min(width / size[0], height / size[1])
-        used = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return used, used - width * height
-
-    return max(grids, key=fit)
-
-
-def _unpadded(size: Size, grid: Size, patches: int) -> Size:
-    """Patches of a grid without the rows or columns that only hold padding."""
-    columns, rows = grid[0] * patches, grid[1] * patches
-    if size[0] * rows > columns * size[1]:
-        rows -= (rows - int(round(size[1] * (columns / size[0]), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(size[0] * (rows / size[1]), 7))) // 2 * 2
-    return columns, rows
-
-
 def _closest_ratio(size: Size, most: int, tile: int) -> Size:
     """The tiling whose aspect ratio is nearest; of equal ones the largest the picture fills."""
     grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
@@ -205,7 +187,7 @@ OTHER_MODELS = (
     OtherModel("LLaVA-1.5 13B", _decoder(40, 5120, 13824, 40, 40, 32064), 0.336e9, llava_15),
     OtherModel("LLaVA-NeXT 7B", _decoder(32, 4096, 14336, 32, 8, 32064), 0.325e9, llava_next),
     OtherModel(
-        "LLaVA-OneVision 7B", _decoder(28, 3584, 18944, 28, 4, 152000), 0.415e9, llava_onevision
+        "LLaVA-OneVision 7B", RELEASED["llava-onevision-7b"].decoder, 0.415e9, llava_onevision
     ),
     OtherModel(
         "Llama 3.2 Vision 11B",

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 GROUP = "edge_vlm.families"
 DEFAULT = "jina-vlm"  # of bundles that were made when there was no other
-_BUILT_IN = {"jina-vlm": "edge_vlm.families.jina_vlm.family"}
+_BUILT_IN = {
+    "jina-vlm": "edge_vlm.families.jina_vlm.family",
+    "llava-onevision": "edge_vlm.families.llava_onevision.family",
+}
 
 
 def family_names() -> list[str]:

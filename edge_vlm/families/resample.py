@@ -1,7 +1,8 @@
-"""PyTorch's bilinear interpolation, to the last bit.
+"""The resizes that image processors are published with, to the last bit.
 
-Half-pixel centres, no antialiasing, ``align_corners=False``, in float32 with fused multiply-adds,
-which are emulated in float64: the same on every machine.
+PyTorch's bilinear one: half-pixel centres, no antialiasing, ``align_corners=False``, in float32
+with fused multiply-adds, which are emulated in float64: the same on every machine. Pillow's
+bicubic one: antialiased, each direction rounded to 8 bit, by Pillow itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
 
 
 def resize_bilinear(pixels: npt.NDArray[np.generic], height: int, width: int) -> Float32:
@@ -36,6 +38,35 @@ def resize_bilinear(pixels: npt.NDArray[np.generic], height: int, width: int) ->
             w_top[part_rows, None, None],
             w_bottom[part_rows, None, None],
         )
+    return out
+
+
+def resize_bicubic(pixels: UInt8, height: int, width: int) -> UInt8:
+    """Bicubic resize of (h, w, 3) to (height, width, 3)."""
+    n_rows, n_columns = pixels.shape[:2]
+    # Pillow 13's order, https://github.com/python-pillow/Pillow/pull/9549, whichever is installed.
+    vertical_first = n_rows - height > 2 * max(0, n_columns - width)
+    first, second = ((0, height), (1, width)) if vertical_first else ((1, width), (0, height))
+    return _resize_along(*second, _resize_along(*first, pixels))
+
+
+def _resize_along(axis: int, size: int, pixels: UInt8) -> UInt8:
+    """Along one axis, in strips: of a whole large picture Pillow would hold two more copies."""
+    from PIL import Image
+
+    if pixels.shape[axis] == size:
+        return pixels
+    across = 1 - axis
+    shape = list(pixels.shape)
+    shape[axis] = size
+    out = np.empty(shape, np.uint8)
+    step = max(1, (1 << 22) // max(pixels.shape[axis], size))
+    for start in range(0, pixels.shape[across], step):
+        part = (slice(None),) * across + (slice(start, start + step),)
+        strip = Image.fromarray(np.ascontiguousarray(pixels[part]))
+        n_across = strip.size[axis]  # Pillow's sizes are (width, height)
+        target = (n_across, size) if axis == 0 else (size, n_across)
+        out[part] = np.asarray(strip.resize(target, Image.Resampling.BICUBIC))
     return out
 
 

@@ -125,7 +125,7 @@ def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: 
         return Picture(
             source.use,
             source.n_tokens,
-            alone,
+            source.processor,  # whatever tiles are allowed now
             source.processor,
             source.digest,
             source,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -125,11 +124,14 @@ def _plan(
     engines: EngineSettings,
     processor_family: str | None,
 ) -> RequestPlan:
-    """For the picture with the most image tokens."""
+    """For the picture that needs the most memory."""
     processor = limit_tiles(model.processor, settings.max_tiles)
-    width, height = largest_picture(processor)
     request = request_settings(settings, engines, processor_family=processor_family)
-    return plan_request(model, width, height, request, max_tiles=settings.max_tiles)
+    plans = (
+        plan_request(model, *size, request, max_tiles=settings.max_tiles)
+        for size in family_of(processor).largest(processor)
+    )
+    return max(plans, key=lambda plan: plan.memory.peak)
 
 
 def request_settings(
@@ -156,14 +158,8 @@ def request_settings(
 def largest_picture(processor: ImageProcessor) -> tuple[int, int]:
     """Width and height of a photo with as many image tokens as any can have."""
     family = family_of(processor)
-    area = family.photo_pixels(processor)
-    ratios = [a / b for a in range(1, processor.max_tiles + 1) for b in (1, 2, 3, 4, 6, 12)]
-    shapes = [(round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))) for ratio in ratios]
-
-    def tokens(shape: tuple[int, int]) -> int:
-        return family.layout(*shape, processor).n_tokens
-
-    return max(shapes, key=tokens)
+    sizes: Sequence[tuple[int, int]] = family.largest(processor)
+    return max(sizes, key=lambda size: family.layout(size[0], size[1], processor).n_tokens)
 
 
 def tiles_within(

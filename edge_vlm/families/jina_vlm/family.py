@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -56,9 +57,12 @@ class JinaVLM(Family):
         """At most so many crops besides the thumbnail."""
         return processor.model_copy(update={"max_crops": max_tiles})
 
-    def photo_pixels(self, processor: JinaImageProcessor) -> int:
-        """Twelve times what the first resize leaves."""
-        return PHOTO * processor.max_pixels
+    def largest(self, processor: JinaImageProcessor) -> Sequence[tuple[int, int]]:
+        """The photo of many shapes that has the most tokens."""
+        area = PHOTO * processor.max_pixels
+        ratios = [a / b for a in range(1, processor.max_tiles + 1) for b in (1, 2, 3, 4, 6, 12)]
+        shapes = [(round(math.sqrt(area * r)), round(math.sqrt(area / r))) for r in ratios]
+        return [max(shapes, key=lambda size: self.layout(size[0], size[1], processor).n_tokens)]
 
     def boxes(
         self, plan: TilingPlan, processor: JinaImageProcessor

@@ -1,0 +1,1 @@
+"""LLaVA-OneVision: SigLIP, an MLP, Qwen2."""

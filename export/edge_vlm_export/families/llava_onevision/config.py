@@ -1,0 +1,334 @@
+"""What a LLaVA-OneVision checkpoint's settings files say, as its code reads them.
+
+Source: configuration_llava_onevision.py, configuration_qwen2.py, configuration_siglip.py and the
+image processor in transformers, for what absent keys mean.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, ValidationError, model_validator
+
+from edge_vlm.errors import CheckpointError
+from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm_export.checkpoint.models import (
+    Epsilon,
+    Layers,
+    Part,
+    Size,
+    TokenId,
+    parse_part,
+    read_part,
+)
+from edge_vlm_export.families.base import Settings
+from edge_vlm_export.families.llama_like import TextSettings
+from edge_vlm_export.graph.tower import AttentionSizes
+
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+Three = Annotated[list[float], Field(min_length=3, max_length=3)]
+Pinpoints = Annotated[
+    list[Annotated[list[Size], Field(min_length=2, max_length=2)]],
+    Field(min_length=1, max_length=256),
+]
+AspectRatio = Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]{0,2}$")]
+
+
+class Rope(Part):
+    """Rotary positions without scaling, in either spelling."""
+
+    rope_type: Literal["default"] = Field(
+        default="default", validation_alias=AliasChoices("rope_type", "type")
+    )
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)] | None = None
+
+
+class TextConfig(Part):
+    """Qwen2."""
+
+    model_type: Literal["qwen2"]
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    rope_parameters: Rope = Rope()
+    rope_scaling: Rope = Rope()
+    hidden_act: Literal["silu"] = "silu"
+    use_sliding_window: Literal[False] = False
+    layer_types: list[Literal["full_attention"]] = Field(default=[], max_length=1 << 10)
+    tie_word_embeddings: bool | None = None
+    eos_token_id: TokenId | None = None
+
+    @property
+    def theta(self) -> float | None:
+        """The base of the rotary positions' frequencies."""
+        return self.rope_theta or self.rope_parameters.rope_theta
+
+    @property
+    def attention(self) -> AttentionSizes:
+        """Heads; as many for keys and values as for queries where nothing is said."""
+        return AttentionSizes(
+            n_heads=self.num_attention_heads,
+            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
+            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
+        )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TextConfig:
+        if self.theta is None:
+            raise ValueError("neither rope_theta nor rope_parameters.rope_theta is there")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError("num_attention_heads does not divide hidden_size")
+        if self.num_attention_heads % self.attention.n_kv_heads:
+            raise ValueError("num_key_value_heads does not divide num_attention_heads")
+        if self.attention.head_dim % 2:
+            raise ValueError("head_dim is odd, rotary positions need pairs")
+        return self
+
+
+class VisionConfig(Part):
+    """SigLIP without its pooling head."""
+
+    model_type: Literal["siglip_vision_model"]
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    image_size: Annotated[int, Field(ge=1, le=4096)]
+    patch_size: Size
+    num_channels: Literal[3] = 3
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    layer_norm_eps: Epsilon = 1e-6
+
+    @model_validator(mode="after")
+    def _agrees(self) -> VisionConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("num_attention_heads does not divide hidden_size")
+        return self
+
+
+class Config(Part):
+    """``config.json``."""
+
+    model_type: Literal["llava_onevision"]
+    text_config: TextConfig
+    vision_config: VisionConfig
+    image_token_id: TokenId = Field(
+        validation_alias=AliasChoices("image_token_index", "image_token_id")
+    )
+    video_token_id: TokenId | None = Field(
+        default=None, validation_alias=AliasChoices("video_token_index", "video_token_id")
+    )
+    image_grid_pinpoints: Pinpoints
+    vision_aspect_ratio: AspectRatio = "anyres_max_9"
+    vision_feature_layer: int = -1
+    vision_feature_select_strategy: Literal["full"] = "full"
+    projector_hidden_act: Literal["gelu"] = "gelu"
+    multimodal_projector_bias: Literal[True] = True
+    use_image_newline_parameter: Literal[True] = True
+    tie_word_embeddings: bool | None = None
+    name: str | None = Field(default=None, max_length=200, validation_alias="_name_or_path")
+
+    @property
+    def used_layers(self) -> int:
+        """Blocks up to the one whose output is used."""
+        layer, n_layers = self.vision_feature_layer, self.vision_config.num_hidden_layers
+        return layer if layer >= 0 else n_layers + 1 + layer
+
+    @model_validator(mode="after")
+    def _layer_exists(self) -> Config:
+        n_layers = self.vision_config.num_hidden_layers
+        if not 1 <= self.used_layers <= n_layers:
+            raise ValueError(
+                f"vision_feature_layer is {self.vision_feature_layer}, the tower has {n_layers}"
+            )
+        return self
+
+
+class Square(Part):
+    """Pixels of a crop."""
+
+    height: Size
+    width: Size
+
+
+class Preprocessor(Part):
+    """``preprocessor_config.json``; what is absent is the class's default."""
+
+    image_processor_type: Annotated[str, Field(pattern="^LlavaOnevisionImageProcessor")]
+    image_grid_pinpoints: Pinpoints | None = None  # 384 * a x 384 * b up to 6 x 6
+    size: Square = Square(height=384, width=384)
+    image_mean: Three = _CLIP_MEAN
+    image_std: Three = _CLIP_STD
+    resample: Literal[3] = 3  # bicubic
+    rescale_factor: Annotated[float, Field(ge=0.00392156, le=0.00392157)] = 1 / 255
+    do_resize: Literal[True] = True
+    do_rescale: Literal[True] = True
+    do_normalize: Literal[True] = True
+    do_convert_rgb: Literal[True] = True
+    do_pad: Literal[True] = True
+    do_center_crop: Literal[False] = False
+
+    @property
+    def pinpoints(self) -> list[list[int]]:
+        """(height, width) of the resolutions, in order."""
+        return self.image_grid_pinpoints or [
+            [384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)
+        ]
+
+
+class Processor(Part):
+    """``processor_config.json``; newer checkpoints have the image processor in it."""
+
+    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105 - a token of the vocabulary, no password
+    num_image_tokens: Size | None = None
+    vision_feature_select_strategy: Literal["full"] = "full"
+    vision_aspect_ratio: AspectRatio | None = None
+    image_processor: dict[str, Any] | None = None
+
+
+class Generation(Part):
+    """``generation_config.json``."""
+
+    eos_token_id: TokenId | Annotated[list[TokenId], Field(min_length=1, max_length=64)] | None = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class OneVisionSettings(Settings):
+    """Everything the settings files of a checkpoint say."""
+
+    image_processor: OneVisionImageProcessor
+    config: Config
+    text: TextSettings
+    image_token: str
+
+
+def read_settings(folder: Path) -> OneVisionSettings:
+    """Read and validate the settings files in ``folder``.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, files contradict each other, or a value is
+            not supported; the message names file, key and value.
+    """
+    path = folder / "config.json"
+    config = read_part(Config, path)
+    processor_path = folder / "processor_config.json"
+    processor = read_part(Processor, processor_path) if processor_path.exists() else Processor()
+    preprocessor, where = _preprocessor(folder, processor)
+    images = _image_processor(config, path, preprocessor, where)
+    for told, used, name in (
+        (processor.num_image_tokens, images.tokens_per_crop, "num_image_tokens"),
+        (processor.vision_aspect_ratio, config.vision_aspect_ratio, "vision_aspect_ratio"),
+    ):
+        if told not in (None, used):
+            raise CheckpointError(
+                f"{processor_path}: {name} is {told}, which contradicts config.json: {used}"
+            )
+    text = _text(config)
+    ties = [level.tie_word_embeddings for level in (config, config.text_config)]
+    return OneVisionSettings(
+        image_processor=images,
+        stop_ids=_stop_ids(folder, config, text),
+        chat_template=read_chat_template(folder),
+        name=config.name,
+        # Published levels contradict each other; a head that is in the file is used.
+        tie_word_embeddings=(True, False) if True in ties else tuple(ties),
+        config=config,
+        text=text,
+        image_token=processor.image_token,
+    )
+
+
+def _preprocessor(folder: Path, processor: Processor) -> tuple[Preprocessor, Path]:
+    path = folder / "preprocessor_config.json"
+    if processor.image_processor is not None and not path.exists():
+        path = folder / "processor_config.json"
+        return parse_part(Preprocessor, processor.image_processor, path, "image_processor."), path
+    return read_part(Preprocessor, path), path
+
+
+def _image_processor(
+    config: Config, path: Path, preprocessor: Preprocessor, where: Path
+) -> OneVisionImageProcessor:
+    size, side = preprocessor.size, config.vision_config.image_size
+    if (size.height, size.width) != (side, side):
+        raise CheckpointError(
+            f"{where}: size is {size.width}x{size.height}, which contradicts"
+            f" vision_config.image_size in config.json: {side}"
+        )
+    if preprocessor.pinpoints != config.image_grid_pinpoints:
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints contradicts that in config.json: the resolution of a"
+            " picture is chosen with both"
+        )
+    if any(pixels % side for pair in preprocessor.pinpoints for pixels in pair):
+        raise CheckpointError(
+            f"{where}: image_grid_pinpoints has sizes that are no tiles of {side}"
+        )
+    ratio = re.sub(r"\D", "", config.vision_aspect_ratio)
+    try:
+        return OneVisionImageProcessor(
+            patch_size=config.vision_config.patch_size,
+            tile_size=side,
+            grids=tuple((h // side, w // side) for h, w in preprocessor.pinpoints),
+            max_vectors=int(ratio),
+            image_mean=_three(preprocessor.image_mean),
+            image_std=_three(preprocessor.image_std),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = "".join(f"{part}: " for part in first["loc"][:1])
+        raise CheckpointError(f"{where}: {key}{first['msg']}") from error
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return first, second, third
+
+
+def _text(config: Config) -> TextSettings:
+    """Ids from the image's on stand for parts of a prompt, or for nothing: they are only read."""
+    text = config.text_config
+    n_spoken = min(config.image_token_id, config.video_token_id or config.image_token_id)
+    assert text.theta is not None  # noqa: S101 - the model was validated
+    return TextSettings(
+        n_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        attention=text.attention,
+        ffn_size=text.intermediate_size,
+        norm_eps=text.rms_norm_eps,
+        rope_theta=text.theta,
+        max_sequence_length=text.max_position_embeddings,
+        vocab_size=n_spoken,
+        additional_vocab_size=text.vocab_size - n_spoken,
+    )
+
+
+def _stop_ids(folder: Path, config: Config, text: TextSettings) -> tuple[int, ...]:
+    path, told = folder / "generation_config.json", None
+    if path.exists():
+        told = read_part(Generation, path).eos_token_id
+    if told is None:
+        path, told = folder / "config.json", config.text_config.eos_token_id
+    if told is None:
+        raise CheckpointError(f"{path}: eos_token_id is missing, also from generation_config.json")
+    stop = tuple(dict.fromkeys(told if isinstance(told, list) else [told]))
+    for token in stop:
+        if token >= text.vocab_size:
+            raise CheckpointError(
+                f"{path}: eos_token_id is {token}, the ids of answers end at {text.vocab_size}"
+            )
+    return stop

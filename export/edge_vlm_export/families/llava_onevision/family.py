@@ -1,0 +1,120 @@
+"""LLaVA-OneVision for the exporter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_vlm.errors import CheckpointError
+from edge_vlm.families.base import Prompt, Tokens
+from edge_vlm.families.sizes import Vision
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
+from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, TokenType, read_byte_level
+from edge_vlm_export.families.base import Family
+from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
+from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
+from edge_vlm_export.families.llava_onevision.vision import NEWLINE, vision_tower
+from edge_vlm_export.graph.tower import Tower
+
+TEXT = "language_model."
+
+
+class LlavaOneVision(Family):
+    """SigLIP, an MLP and Qwen2."""
+
+    name = "llava-onevision"
+    model_types = ("llava_onevision",)
+    required_files = ("tokenizer.json",)
+    optional_files = (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        *NAMES,
+    )
+
+    def read_settings(self, folder: Path) -> OneVisionSettings:
+        """See ``config``."""
+        return read_settings(folder)
+
+    def rename(self, stored: str) -> str | None:
+        """Three spellings occur: released, in memory since transformers 4.52, saved by 5.5."""
+        name = stored.removeprefix("model.")
+        if name.endswith("lm_head.weight"):
+            return f"{TEXT}lm_head.weight"
+        if name.startswith(TEXT):
+            return TEXT + name.removeprefix(TEXT).removeprefix("model.")
+        if name.endswith("embeddings.position_ids"):
+            return None
+        return name
+
+    def tower(self, settings: OneVisionSettings) -> Tower:
+        """See ``vision``."""
+        return vision_tower(settings.config, settings.image_processor)
+
+    def decoder(self, settings: OneVisionSettings) -> LlamaLike:
+        """Qwen2: queries, keys and values have biases."""
+        return LlamaLike(
+            architecture="qwen2",
+            text=settings.text,
+            table={f"{TEXT}embed_tokens.weight": settings.text.n_ids},
+            norm=f"{TEXT}norm.weight",
+            head=f"{TEXT}lm_head.weight",
+            head_rows=settings.text.n_ids,
+            layer=usual_layer(f"{TEXT}layers.", biases=True),
+        )
+
+    def markers(
+        self, settings: OneVisionSettings, tokenizer: Tokenizer, tensors: Checkpoint
+    ) -> Values:
+        """The vector behind each row, which is no token's."""
+        newline = tensors.values(NEWLINE)
+        return Values((1, *newline.shape), lambda: iter([newline.read()[None]]))
+
+    def read_tokenizer(self, folder: Path, settings: OneVisionSettings) -> Tokenizer:
+        """Qwen2's; nothing is put in front of a prompt."""
+        tokenizer = read_byte_level(folder, settings.text.n_ids)
+        config, where = settings.config, folder / "config.json"
+        if tokenizer.id_of(settings.image_token) != config.image_token_id:
+            raise CheckpointError(
+                f"{where}: image_token_index is {config.image_token_id}, which contradicts the id"
+                f" of {settings.image_token} in {tokenizer.path.name}:"
+                f" {tokenizer.id_of(settings.image_token)}"
+            )
+        behind = range(settings.text.vocab_size, settings.text.n_ids)
+        for token in behind:
+            if tokenizer.types[token] is TokenType.NORMAL:
+                raise CheckpointError(
+                    f"{tokenizer.path}: token {token} lies behind {settings.image_token}, from"
+                    f" which on no id is that of an answer"
+                )
+        return tokenizer
+
+    def vision_sizes(self, settings: OneVisionSettings, precision: str) -> Vision:
+        """Of the blocks that are used."""
+        vision, width = settings.config.vision_config, settings.text.hidden_size
+        return Vision(
+            precision=precision,
+            n_layers=settings.config.used_layers,
+            hidden_size=vision.hidden_size,
+            output_size=width,
+            n_heads=vision.num_attention_heads,
+            ffn_size=vision.intermediate_size,
+            feature_size=vision.hidden_size,
+            projector_size=width,
+        )
+
+    def tokens(self, settings: OneVisionSettings, tokenizer: Tokenizer) -> Tokens:
+        """The picture's, and the others'."""
+        return Tokens(
+            stop=settings.stop_ids,
+            image=tokenizer.special[settings.image_token],
+            special=tokenizer.special,
+        )
+
+    def prompt(self, settings: OneVisionSettings, tokenizer: Tokenizer) -> Prompt:
+        """As the template renders it."""
+        return Prompt(image_prompt_token=settings.image_token, normalizer=tokenizer.normalizer)
+
+
+FAMILY = LlavaOneVision()
