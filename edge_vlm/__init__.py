@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer, AskOptions, Timings
     from edge_vlm.answering.asynchronous import AsyncChat, AsyncEdgeVLM, AsyncStream
-    from edge_vlm.answering.chat import Chat, Stream
-    from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.answering.model import Chat, EdgeVLM, Stream
     from edge_vlm.errors import (
         BudgetError,
         BundleError,
@@ -68,8 +67,7 @@ __all__ = [
 _MODULES = {
     "answering.answer": ("Answer", "AskOptions", "Timings"),
     "answering.asynchronous": ("AsyncChat", "AsyncEdgeVLM", "AsyncStream"),
-    "answering.chat": ("Chat", "Stream"),
-    "answering.model": ("EdgeVLM",),
+    "answering.model": ("Chat", "EdgeVLM", "Stream"),
     "machine.settings": ("MachineSettings",),
     "pictures.picture": ("EncodedImage", "ImageUse"),
     "progress": ("CancelToken", "Progress"),

@@ -13,8 +13,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_vlm.answering.answer import Answer, AskKeywords
-from edge_vlm.answering.chat import Chat, Stream
-from edge_vlm.answering.model import EdgeVLM
+from edge_vlm.answering.model import Chat, EdgeVLM, Stream
 from edge_vlm.errors import DecoderError
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage

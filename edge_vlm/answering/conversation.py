@@ -13,8 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from edge_vlm.answering.answer import Answer, AskOptions
-from edge_vlm.answering.engine import Engine
-from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, State, Turn
+from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, Engine, State, Turn
 from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.families.registry import family_of
@@ -24,8 +23,8 @@ from edge_vlm.planning.budget import budget_positions, limit_tiles
 from edge_vlm.planning.limits import tiles_within
 from edge_vlm.planning.request import ModelSizes
 from edge_vlm.progress import CancelToken, OnProgress, Progress
+from edge_vlm.prompt.builder import prompt_ids
 from edge_vlm.prompt.messages import ImagePart, Message, images_of, without_oldest
-from edge_vlm.prompt.positions import prompt_ids
 
 _log = logging.getLogger(__name__)
 

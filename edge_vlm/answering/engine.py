@@ -1,54 +1,23 @@
-"""The parts of a loaded model, and how they are put together."""
+"""Loading a bundle: its files checked, its engines started."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.checksums import verify
-from edge_vlm.bundle.manifest import Bundle, Manifest
-from edge_vlm.decoder.prefix_cache import PrefixCache
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.engines import Decoder, VisionTower
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.settings import MachineSettings, cpu_identity
-from edge_vlm.machine.store import Store, open_store
-from edge_vlm.pictures.tile_cache import TileCache
+from edge_vlm.machine.store import open_store
+from edge_vlm.pictures.picture import TileCache
 from edge_vlm.planning.limits import within_memory
 from edge_vlm.planning.request import ModelSizes
-from edge_vlm.planning.speeds import Speeds
 from edge_vlm.planning.tuning import engines_for, load_tuning
 from edge_vlm.prompt.builder import PromptBuilder
-
-
-@dataclass(frozen=True)
-class Engine:
-    """The parts of a loaded model that a turn uses."""
-
-    manifest: Manifest
-    settings: MachineSettings
-    prompts: PromptBuilder
-    vision: VisionTower
-    decoder: Decoder
-    engines: EngineSettings
-    speeds: Speeds | None  # as measured by edge-vlm tune
-    tiles: TileCache
-    prefixes: PrefixCache | None
-    store: Store | None  # of both
-    load_seconds: float  # without what is loaded later
-    in_turns: bool = False  # see RESIDENCIES
-
-    @property
-    def seconds(self) -> float:
-        """All loading so far."""
-        return self.load_seconds + self.vision.load_seconds + self.decoder.load_seconds
-
-    def rest_vision(self) -> None:
-        """After pictures were encoded: memory that the decoder may need is given back."""
-        if self.in_turns:
-            self.vision.release()
-        else:
-            self.vision.rest()
 
 
 def load_engine(

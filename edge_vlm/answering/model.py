@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from edge_vlm.answering.answer import Answer, AskKeywords
-from edge_vlm.answering.chat import Chat, Closing, Stream, new_message, options_of, picture_list
+from edge_vlm.answering.answer import Answer, AskKeywords, AskOptions
 from edge_vlm.answering.conversation import Conversation
-from edge_vlm.answering.engine import Engine, load_engine
+from edge_vlm.answering.engine import load_engine
+from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.engines import Decoder, VisionTower
@@ -17,10 +18,255 @@ from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage, encode_pictures, open_picture
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.progress import CancelToken, OnProgress, Progress
-from edge_vlm.prompt.messages import Message, Text, parse_messages
+from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+Self = TypeVar("Self", bound="Closing")
+
+
+class Closing:
+    """``with`` closes."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Stream(Closing):
+    """Pieces of an answer as they are generated; afterwards ``answer`` holds all of it."""
+
+    def __init__(
+        self, events: Iterator[str | Answer], on_close: Callable[[], None] | None = None
+    ) -> None:
+        self._events = events
+        self._on_close = on_close
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            event = next(self._events)
+            if isinstance(event, str):
+                return event
+            self._answer = event
+            next(self._events)  # let the turn end
+        except BaseException:
+            self.close()
+            raise
+        raise RuntimeError("a turn goes on after its answer")
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer with its counters and finish reason.
+
+        Raises:
+            DecoderError: the stream was not read to its end.
+        """
+        if self._answer is None:
+            raise DecoderError("the answer is not complete; read the stream to its end first")
+        return self._answer
+
+    def result(self) -> Answer:
+        """Read to the end; the whole answer."""
+        with self:
+            for _ in self:
+                pass
+        return self.answer
+
+    def close(self) -> None:
+        """Stop here; what was yielded stays valid."""
+        close = getattr(self._events, "close", None)
+        if close:
+            close()
+        if self._on_close:
+            self._on_close()
+            self._on_close = None
+
+
+class Chat(Closing):
+    """A conversation; made by ``EdgeVLM.chat``. Use it from one thread at a time.
+
+    Pictures come first and the question last, as everywhere; a question alone is enough.
+    """
+
+    def __init__(self, conversation: Conversation, options: AskKeywords) -> None:
+        self.conversation = conversation
+        self._options = options
+        options_of(options)
+
+    @overload
+    def ask(
+        self,
+        question: str,
+        /,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer: ...
+
+    @overload
+    def ask(
+        self,
+        images: Any,
+        question: str,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[AskKeywords],
+    ) -> Answer: ...
+
+    def ask(self, *asked: Any, **how: Any) -> Answer:
+        """Answer the next question; arguments and errors as ``EdgeVLM.ask``."""
+        return self.stream(*asked, **how).result()
+
+    @overload
+    def stream(
+        self,
+        question: str,
+        /,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream: ...
+
+    @overload
+    def stream(
+        self,
+        images: Any,
+        question: str,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream: ...
+
+    def stream(
+        self,
+        images: Any = (),
+        question: str | None = None,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Any,
+    ) -> Stream:
+        """As ``ask``, piece by piece.
+
+        With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
+        """
+        wanted = options_of({**self._options, **options})
+        new = self._new(images, question, wanted)
+        turn = self.conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def retry(
+        self,
+        *,
+        progress: OnProgress | None = None,
+        cancel: CancelToken | None = None,
+        keep_partial: bool = False,
+        **options: Unpack[AskKeywords],
+    ) -> Stream:
+        """Answer the last question again, piece by piece; the old answer goes when that is done.
+
+        Raises:
+            PromptError: there is none.
+        """
+        wanted = options_of({**self._options, **options})
+        turn = self.conversation.retry(wanted, progress, cancel, keep_partial=keep_partial)
+        return Stream(turn)
+
+    def undo(self) -> tuple[Message, ...]:
+        """Take the last question and its answer back, and return them."""
+        return self.conversation.undo()
+
+    def restart(self, messages: Any = ()) -> None:
+        """Begin again, with the answered questions in ``messages`` (OpenAI's form) if given.
+
+        Raises:
+            InputError: the messages or one of their pictures cannot be read; nothing changed.
+        """
+        parsed = parse_messages(messages, answered=True) if messages else []
+        self.conversation.restart(parsed, max_tiles=options_of(self._options).max_tiles)
+
+    def n_to_drop(self, images: Any, question: str, **options: Unpack[AskKeywords]) -> int | None:
+        """How many of the oldest questions to drop for this one; None if all would not do."""
+        wanted = options_of({**self._options, **options})
+        return self.conversation.n_to_drop(self._new(images, question, wanted), wanted)
+
+    def drop_oldest(self, n_questions: int) -> list[Any]:
+        """Forget the oldest questions and their answers; their pictures stay.
+
+        Returns the pictures if no question is left that could carry them.
+        """
+        return [part.source for part in self.conversation.drop_oldest(n_questions)]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns so far; a turn that failed or was stopped is not among them."""
+        return self.conversation.messages
+
+    def close(self) -> None:
+        """Free the KV cache."""
+        self.conversation.close()
+
+    def _new(self, images: Any, question: str | None, wanted: AskOptions) -> list[Message]:
+        if question is None and isinstance(images, str):
+            images, question = (), images
+        new = [new_message(images, question)]
+        if wanted.system is not None and not self.conversation.messages:
+            new = [Message("system", (Text(wanted.system),)), *new]
+        return new
+
+
+def new_message(images: Any, question: str | None) -> Message:
+    """A user's message.
+
+    Raises:
+        PromptError: there is no question.
+    """
+    if question is None:
+        raise PromptError("there is no question; it follows the images: ask(images, question)")
+    if not isinstance(question, str):
+        raise PromptError("pictures come first, the question last: ask(images, question)")
+    if not question.strip():
+        raise PromptError("the question is empty")
+    return user_message(picture_list(images), question)
+
+
+def picture_list(images: Any) -> Sequence[Any]:
+    """Several pictures, one or none, as a sequence."""
+    if images is None:
+        return ()
+    return images if isinstance(images, list | tuple) else (images,)
+
+
+def options_of(options: AskKeywords | dict[str, Any]) -> AskOptions:
+    """The options that keywords give.
+
+    Raises:
+        PromptError: one is unknown or out of its range.
+    """
+    try:
+        return AskOptions(**options)
+    except TypeError as error:
+        raise PromptError(f"options: {str(error).split('__init__() ')[-1]}") from error
 
 
 class EdgeVLM(Closing):

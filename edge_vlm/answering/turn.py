@@ -9,18 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_vlm.answering.answer import Answer, AskOptions, Clock
-from edge_vlm.answering.engine import Engine
 from edge_vlm.answering.generate import Reply, generate, pick
-from edge_vlm.engines import Context
+from edge_vlm.bundle.manifest import Manifest
+from edge_vlm.decoder.kv_state import PrefixCache
+from edge_vlm.engines import Context, Decoder, VisionTower
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError
 from edge_vlm.families.registry import family_of
 from edge_vlm.forms.guide import Guide
+from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes
-from edge_vlm.pictures.picture import Crops, Picture, encode_pictures
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.machine.store import Store
+from edge_vlm.pictures.picture import Crops, Picture, TileCache, encode_pictures
 from edge_vlm.planning.budget import budget_positions, check_budget, limit_tiles
+from edge_vlm.planning.speeds import Speeds
 from edge_vlm.progress import CancelToken, OnProgress, Progress
-from edge_vlm.prompt.messages import Message, Text, check_messages
-from edge_vlm.prompt.positions import (
+from edge_vlm.prompt.builder import (
+    PromptBuilder,
     common_prefix,
     identity,
     picture_ends,
@@ -28,8 +33,39 @@ from edge_vlm.prompt.positions import (
     rest_of,
     runs_of,
 )
+from edge_vlm.prompt.messages import Message, Text, check_messages
 
 MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The parts of a loaded model that a turn uses."""
+
+    manifest: Manifest
+    settings: MachineSettings
+    prompts: PromptBuilder
+    vision: VisionTower
+    decoder: Decoder
+    engines: EngineSettings
+    speeds: Speeds | None  # as measured by edge-vlm tune
+    tiles: TileCache
+    prefixes: PrefixCache | None
+    store: Store | None  # of both
+    load_seconds: float  # without what is loaded later
+    in_turns: bool = False  # see RESIDENCIES
+
+    @property
+    def seconds(self) -> float:
+        """All loading so far."""
+        return self.load_seconds + self.vision.load_seconds + self.decoder.load_seconds
+
+    def rest_vision(self) -> None:
+        """After pictures were encoded: memory that the decoder may need is given back."""
+        if self.in_turns:
+            self.vision.release()
+        else:
+            self.vision.rest()
 
 
 @dataclass

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.decoder import llama
-from edge_vlm.decoder.kv_move import N_SEQUENCES, copy_cells, move_cells
-from edge_vlm.decoder.weights import Weights
+from edge_vlm.decoder.kv_state import N_SEQUENCES, copy_cells, move_cells
+from edge_vlm.decoder.llama import Weights
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
@@ -25,7 +25,7 @@ from edge_vlm.machine.engine_settings import (
 )
 from edge_vlm.machine.memory import give_back_memory
 from edge_vlm.machine.settings import KV_TYPES
-from edge_vlm.planning.cost import context_size
+from edge_vlm.planning.budget import context_size
 from edge_vlm.progress import CancelToken
 
 Float32 = npt.NDArray[np.float32]
@@ -41,11 +41,11 @@ class ContextSettings:
     kv_type: str = "f16"
     kv_budget: int | None = None  # bytes of all KV caches of a context
 
-    @property
-    def flash_attention(self) -> str:
-        """off, on, auto or prefill: what becomes of the setting."""
-        engines = self.engines
-        return flash_mode(engines.flash_attention, self.kv_type, engines.batch_size)
+    flash_attention: str = field(init=False)  # off, on, auto or prefill: what becomes of it
+
+    def __post_init__(self) -> None:
+        wanted, batch_size = self.engines.flash_attention, self.engines.batch_size
+        object.__setattr__(self, "flash_attention", flash_mode(wanted, self.kv_type, batch_size))
 
 
 class Context:

@@ -14,8 +14,8 @@ from typing import Any
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, ContextSettings
+from edge_vlm.decoder.llama import Weights
 from edge_vlm.decoder.sampler import Sampler
-from edge_vlm.decoder.weights import Weights
 from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.forms.guide import Vocabulary
 from edge_vlm.machine import process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_vlm.decoder.context import Context
-from edge_vlm.decoder.weights import Weights
+from edge_vlm.decoder.llama import Weights
 
 
 class Sampler:

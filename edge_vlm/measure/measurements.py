@@ -87,9 +87,8 @@ class _Measurements:
         import numpy as np
 
         from edge_vlm.answering.answer import AskKeywords
-        from edge_vlm.answering.chat import Chat
         from edge_vlm.answering.conversation import Conversation
-        from edge_vlm.answering.model import EdgeVLM
+        from edge_vlm.answering.model import Chat, EdgeVLM
         from edge_vlm.machine.memory import peak_rss_bytes
         from edge_vlm.machine.settings import MachineSettings
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import ImageError
-from edge_vlm.machine import folders
+from edge_vlm.machine.folders import label
 from edge_vlm.machine.settings import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -84,11 +84,10 @@ def load_image(
         return _decode(data, "the data: URL", max_pixels, extra_formats)
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(os.fspath(source))
-        label = folders.label(name)
         if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
-            raise ImageError(f"{label}: URLs are not fetched; download the picture first")
-        with _open_file(Path(name), label) as file:
-            return _decode(file, label, max_pixels, extra_formats)
+            raise ImageError(f"{label(name)}: URLs are not fetched; download the picture first")
+        with _open_file(Path(name)) as file:
+            return _decode(file, name, max_pixels, extra_formats)
     from PIL import Image
 
     if isinstance(source, Image.Image):
@@ -99,19 +98,19 @@ def load_image(
     )
 
 
-def _open_file(path: Path, label: str) -> IO[bytes]:
+def _open_file(path: Path) -> IO[bytes]:
     try:
         # Looked at before it is opened: opening a FIFO would wait for a writer.
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
-            raise ImageError(f"{label}: is a folder, not a picture")
+            raise ImageError(f"{label(path)}: is a folder, not a picture")
         if not stat.S_ISREG(info.st_mode):
-            raise ImageError(f"{label}: is not a regular file")
+            raise ImageError(f"{label(path)}: is not a regular file")
         return path.open("rb")
     except OSError as error:
-        raise ImageError(f"{label}: {error.strerror or error}") from error
+        raise ImageError(f"{label(path)}: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
-        raise ImageError(f"{label}: {error}") from error
+        raise ImageError(f"{label(path)}: {error}") from error
 
 
 def _data_url(url: str) -> bytes:
@@ -126,51 +125,52 @@ def _data_url(url: str) -> bytes:
         raise ImageError(f"the data: URL is not valid base64 ({error})") from error
 
 
-def _decode(file: IO[bytes], label: str, max_pixels: int, extra_formats: Sequence[str]) -> UInt8:
+def _decode(file: IO[bytes], name: str, max_pixels: int, extra_formats: Sequence[str]) -> UInt8:
     n_bytes = file.seek(0, os.SEEK_END)
     if n_bytes == 0:
-        raise ImageError(f"{label}: is empty")
+        raise ImageError(f"{label(name)}: is empty")
     if n_bytes > MAX_FILE_BYTES:
-        raise ImageError(f"{label}: is larger than {MAX_FILE_BYTES >> 20} MiB")
+        raise ImageError(f"{label(name)}: is larger than {MAX_FILE_BYTES >> 20} MiB")
     formats = _allowed(extra_formats)
     from PIL import Image, UnidentifiedImageError
 
-    with _pillow_errors(label):
-        _check_structure(file, label, n_bytes)
+    with _pillow_errors(name):
+        _check_structure(file, name, n_bytes)
         file.seek(0)
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError as error:
             raise ImageError(
-                f"{label}: is not a picture in a format that is read ({', '.join(formats)})"
+                f"{label(name)}: is not a picture in a format that is read ({', '.join(formats)})"
             ) from error
         with image:
-            return _to_rgb(image, label, max_pixels)
+            return _to_rgb(image, name, max_pixels)
 
 
-def _check_structure(file: IO[bytes], label: str, n_bytes: int) -> None:
+def _check_structure(file: IO[bytes], name: str, n_bytes: int) -> None:
     """Refuse what makes a decoder work for long on few pixels."""
     file.seek(0)
     start = file.read(8)
     if start == b"\x89PNG\r\n\x1a\n":
-        _check_png(file, label, n_bytes)
+        _check_png(file, name, n_bytes)
     elif start[:2] == b"\xff\xd8":
         file.seek(0)
         if _jpeg_scans(file.read()) > MAX_JPEG_SCANS:
-            raise ImageError(f"{label}: has more than {MAX_JPEG_SCANS} scans; save it anew")
+            raise ImageError(f"{label(name)}: has more than {MAX_JPEG_SCANS} scans; save it anew")
 
 
-def _check_png(file: IO[bytes], label: str, n_bytes: int) -> None:
+def _check_png(file: IO[bytes], name: str, n_bytes: int) -> None:
     for _ in range(MAX_PNG_CHUNKS):
         header = file.read(8)
         if len(header) < 8 or header[4:] == b"IEND":
             return
         (length,) = struct.unpack(">I", header[:4])
         if length > MAX_PNG_TEXT_BYTES and header[4:] != b"IDAT":
-            raise ImageError(f"{label}: holds {length >> 20} MiB that are not pixels; save it anew")
+            size = f"{length >> 20} MiB that are not pixels"
+            raise ImageError(f"{label(name)}: holds {size}; save it anew")
         if file.seek(length + 4, os.SEEK_CUR) > n_bytes:
             return  # cut short: the decoder finds out
-    raise ImageError(f"{label}: has more than {MAX_PNG_CHUNKS} chunks; save it anew")
+    raise ImageError(f"{label(name)}: has more than {MAX_PNG_CHUNKS} chunks; save it anew")
 
 
 def _jpeg_scans(data: bytes) -> int:
@@ -203,11 +203,11 @@ def _allowed(extra_formats: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in formats if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> UInt8:
     from PIL import ImageOps
 
     width, height = image.size
-    _check_size(width, height, label, max_pixels)
+    _check_size(width, height, name, max_pixels)
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF says nothing about the pixels
         if image.getexif().get(_ORIENTATION, 1) != 1:
@@ -215,7 +215,7 @@ def _to_rgb(image: Image.Image, label: str, max_pixels: int) -> UInt8:
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise ImageError(f"{label}: has {image.mode}-mode pixels; save it as 8 or 16 bit")
+            raise ImageError(f"{label(name)}: has {image.mode}-mode pixels; save it as 8 or 16 bit")
         return _from_array(values.astype(np.uint16), max_pixels)
     if image.mode.startswith("I;16"):
         return _from_array(np.asarray(image).astype(np.uint16), max_pixels)
@@ -249,18 +249,18 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> UInt8:
     return np.ascontiguousarray(array[..., :3])
 
 
-def _check_size(width: int, height: int, label: str, max_pixels: int) -> None:
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"{label}: has no pixels ({width}x{height})")
+        raise ImageError(f"{label(name)}: has no pixels ({width}x{height})")
     if width * height > max_pixels:
         raise ImageError(
-            f"{label}: has {width}x{height} = {width * height / 1e6:.0f} megapixels, more than"
-            f" the limit of {max_pixels / 1e6:g}; make it smaller or raise the limit"
+            f"{label(name)}: has {width}x{height} = {width * height / 1e6:.0f} megapixels, more"
+            f" than the limit of {max_pixels / 1e6:g}; make it smaller or raise the limit"
         )
 
 
 @contextlib.contextmanager
-def _pillow_errors(label: str) -> Iterator[None]:
+def _pillow_errors(name: str) -> Iterator[None]:
     """Convert whatever Pillow raises, and keep its global switches from changing the result."""
     from PIL import Image, ImageFile
 
@@ -273,10 +273,10 @@ def _pillow_errors(label: str) -> Iterator[None]:
         except ImageError:
             raise
         except MemoryError as error:
-            raise ImageError(f"{label}: not enough memory to decode it") from error
+            raise ImageError(f"{label(name)}: not enough memory to decode it") from error
         except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ImageError(f"{label}: is damaged or cut short ({reason})") from error
+            raise ImageError(f"{label(name)}: is damaged or cut short ({reason})") from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = truncated
             Image.MAX_IMAGE_PIXELS = bomb

@@ -58,6 +58,8 @@ class VisionTower:
         self._bundle = bundle
         self._family = family_of(bundle.manifest.image_processor)
         self._engines = engines or untuned()
+        self._streams = self._engines.streams
+        self._ort: Any = None
         self._provider = provider
         self._before_load = before_load
         self._severity = _WARNING if logs else _QUIET
@@ -97,11 +99,11 @@ class VisionTower:
     @property
     def crops_at_once(self) -> int:
         """Crops that are encoded side by side."""
-        return self._engines.streams * self._engines.tiles_per_call
+        return self._streams * self._engines.tiles_per_call
 
     @property
     def _threads_per_stream(self) -> int:
-        return self._engines.vision_threads // self._engines.streams
+        return self._engines.vision_threads // self._streams
 
     def load(self) -> Any:
         """The session; it is created unless it is there.
@@ -140,7 +142,7 @@ class VisionTower:
         path = self._bundle.file(VISION_NAME)
         if self._stamp() != self._stamps:
             raise BundleError(f"{path.parent}: was changed after it was loaded; load it again")
-        ort = import_onnxruntime()
+        self._ort = ort = import_onnxruntime()
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads_per_stream
@@ -221,7 +223,7 @@ class VisionTower:
             chosen = {name: values[part] for name, values in feed.items()}
             return part, self.encode_crops(chosen, cancel=cancel)
 
-        streams = self._engines.streams
+        streams = self._streams
         if len(parts) < 2 or streams == 1 or not self._on_cpu:
             yield from map(run, parts)
             return
@@ -269,9 +271,7 @@ class VisionTower:
 
     def _run(self, output: str, feed: Feed, cancel: CancelToken | None, **config: str) -> Float32:
         session = self.load()
-        ort = import_onnxruntime()
-
-        run = ort.RunOptions()
+        run = self._ort.RunOptions()
         run.log_severity_level = self._severity
         for key, value in config.items():
             run.add_run_config_entry(key, value)

@@ -9,9 +9,14 @@ from edge_vlm.families.base import ImageProcessor
 from edge_vlm.families.registry import family_of
 from edge_vlm.families.sizes import Decoder
 from edge_vlm.machine.settings import KV_TYPES
-from edge_vlm.planning.cost import CONTEXT_STEP
 
+CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
 DEFAULT_MAX_TOKENS = 512  # of an answer
+
+
+def context_size(n_positions: int) -> int:
+    """Positions llama.cpp makes room for."""
+    return -(-n_positions // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def limit_tiles(processor: ImageProcessor, max_tiles: int | None) -> ImageProcessor:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from edge_vlm.families.sizes import Decoder, block_weights
 from edge_vlm.machine.settings import KV_TYPES
-
-CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
+from edge_vlm.planning.budget import context_size
 
 # Interpreter, numpy, Pillow, pydantic, onnxruntime and llama.cpp before a model is loaded.
 PYTHON_BYTES = 90_000_000
@@ -44,11 +43,6 @@ TENSOR_TYPES = {
     "q4_0": 18 / 32,
     "iq4_xs": 136 / 256,
 }
-
-
-def context_size(n_positions: int) -> int:
-    """Positions llama.cpp makes room for."""
-    return -(-n_positions // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def kv_bytes(decoder: Decoder, n_positions: int, kv_type: str) -> int:

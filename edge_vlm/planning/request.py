@@ -18,7 +18,7 @@ from edge_vlm.families.sizes import Decoder, Vision, VisionWork, decoder_flops
 from edge_vlm.machine.engine_settings import FLASH_ROWS, SCORES_BATCH, flash_mode
 from edge_vlm.machine.settings import KV_TYPES
 from edge_vlm.planning import cost
-from edge_vlm.planning.budget import limit_tiles
+from edge_vlm.planning.budget import context_size, limit_tiles
 from edge_vlm.planning.speeds import Speeds
 
 RESIDENCIES = ("together", "in-turns")
@@ -241,8 +241,8 @@ def plan_request(
     image = plan_image(width, height, processor, decoder, settings.kv_type)
     prompt = image.image_tokens + settings.question_tokens
     context = min(
-        cost.context_size(prompt + settings.answer_tokens),
-        cost.context_size(decoder.max_sequence_length),
+        context_size(prompt + settings.answer_tokens),
+        context_size(decoder.max_sequence_length),
     )
     crop_bytes = 4 * math.prod(processor.crop_shape)
     decoder_weights, table, head, copies, held = _weights(model, settings)
@@ -272,7 +272,7 @@ def plan_request(
         compute_buffers=_buffers(decoder, settings, context, batch, mode == "on"),
         prompt_kv_cache=own,
         prompt_buffers=_buffers(
-            decoder, settings, cost.context_size(image.image_tokens), settings.batch_size, True
+            decoder, settings, context_size(image.image_tokens), settings.batch_size, True
         )
         if own
         else 0,

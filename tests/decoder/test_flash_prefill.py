@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, _batches
 from edge_vlm.decoder.decoder import Decoder
-from edge_vlm.decoder.kv_move import transpose_values
+from edge_vlm.decoder.kv_state import transpose_values
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine.engine_settings import FLASH_ROWS, FLASH_TILE, flash_mode, untuned
 from edge_vlm.progress import CancelToken

@@ -25,8 +25,7 @@ from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer
-    from edge_vlm.answering.chat import Chat
-    from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.answering.model import Chat, EdgeVLM
     from edge_vlm.cli.questions.line_input import LineInput
     from edge_vlm.machine.settings import MachineSettings
 

@@ -1,4 +1,4 @@
-"""A KV cache from one llama.cpp context to another that lays V out differently.
+"""A KV cache as bytes: moved to a context that lays V out differently, and kept on disk.
 
 Without flash attention llama.cpp keeps V transposed, with it as rows; apart from that the caches
 are the same, bit for bit. The state functions of ``llama.h`` give out the cells of a sequence as
@@ -9,12 +9,16 @@ follow ``llama_kv_cache::state_write`` of the pinned release.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError
+from edge_vlm.machine.store import Entry, Store, make_key
+from edge_vlm.prompt.builder import picture_ends
 
 UInt8 = npt.NDArray[np.uint8]
 N_SEQUENCES = 2  # that a context must have room for: the one in use, and the cells on their way
@@ -117,3 +121,50 @@ def transpose_values(state: UInt8, n_cells: int, n_layers: int) -> None:
 def _expect(condition: object) -> None:
     if not condition:
         raise DecoderError("this llama.cpp lays its KV cache out in a way that is not known here")
+
+
+_KIND = "prefix"
+
+
+class PrefixCache:
+    """Prefixes of prompts, each ending with a picture.
+
+    Prompts are given as in ``positions``: ids, one an input position, where -1 - i stands for
+    picture i, whose content is ``digests[i]``.
+
+    Args:
+        store: where they are kept.
+        identity: what a KV cache depends on besides the prompt, see ``Decoder.identity``.
+    """
+
+    def __init__(self, store: Store, identity: Mapping[str, Any]) -> None:
+        self._store = store
+        self._identity = dict(identity)
+
+    def restore(self, context: Context, ids: Sequence[int], digests: Sequence[bytes]) -> int:
+        """Fill an empty context with the longest prefix that is kept; returns its positions."""
+        for end in reversed(picture_ends(ids)):
+            if end == len(ids):
+                continue  # the logits of the last position are not kept
+            key = self._key(ids[:end], digests)
+            state = self._store.read(_KIND, key)
+            if state is None:
+                continue
+            if context.set_state(state) and context.n_positions == end:
+                return end
+            self._store.drop(_KIND, key)
+            context.truncate(0)
+        return 0
+
+    def keep(self, context: Context, ids: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Keep the context's first positions, which are those of the prompt ``ids``."""
+        state = context.state(len(ids))
+        self._store.write_soon([Entry(_KIND, self._key(ids, digests), state)])
+
+    def _key(self, ids: Sequence[int], digests: Sequence[bytes]) -> bytes:
+        used = sorted({-1 - value for value in ids if value < 0})
+        return make_key(
+            self._identity,
+            np.array(ids, np.int32).tobytes(),
+            *(digests[index] for index in used),
+        )
