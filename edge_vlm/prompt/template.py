@@ -1,85 +1,66 @@
 """A chat template from a bundle, rendered where it can do no harm.
 
-Templates are programs of unknown origin. They run in jinja2's immutable sandbox, which keeps them
-away from Python's internals; what the sandbox does not bound is time and memory. So a template may
-only use the constructs, filters, tests and methods that chat templates need, and everything that
-takes time or memory is paid for from a budget before it is done: loop steps and calls by the size
-of the template, operations on values by the bytes of the values.
+Templates are programs of unknown origin. jinja2's immutable sandbox keeps them away from Python's
+internals; what it does not bound is memory and time. So a template may only use the constructs,
+filters, tests and methods that chat templates need. Each value that it makes is paid for, with the
+bytes of all that is inside it, out of a fixed sum; a step that could multiply memory pays first.
+With every value bounded no step takes long, and between steps the clock is read.
 """
 
 from __future__ import annotations
 
 import json
-import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from functools import partial
+from threading import Lock
+from time import monotonic
 from typing import Any
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
 
 from edge_vlm.errors import BundleError, PromptError
 
 MAX_TEMPLATE_CHARS = 1 << 16
 MAX_NODES = 5_000  # of the syntax tree; the longest templates of released models have half of it
-MAX_DEPTH = 100  # of lists in lists
-BUDGET = 30_000_000  # of one rendering; a unit is a byte of a value or about 10 ns
-BUDGET_PER_INPUT_BYTE = 64
-_NODE = 40
-_CALL = 1000
-_OBJECT = 200
+MAX_DEPTH = 32  # of lists in lists
+MAX_BYTES = 32 << 20  # of all values that one rendering makes
+MAX_BYTES_PER_INPUT_BYTE = 12
+MAX_SECONDS = 2.0
+_LARGEST = 1 << 62
+_LONGEST = 200  # characters of a key, of the path of an attribute, or to strip
+_CHARACTER, _SLOT, _PIECE, _OBJECT, _CALL = 4, 16, 100, 200, 500  # bytes
 
-# Filters, and whether they walk over everything inside their arguments.
-_FILTERS = {
-    **dict.fromkeys(("capitalize", "join", "lower", "max", "min", "replace", "string"), True),
-    **dict.fromkeys(("title", "tojson", "trim", "upper"), True),
-    **dict.fromkeys(("d", "default", "count", "first", "int", "items", "last", "length"), False),
-    **dict.fromkeys(("list", "map", "rejectattr", "reverse", "selectattr"), False),
+_FILTERS = """capitalize count d default first int items join last length list lower map max min
+    reject rejectattr replace reverse select selectattr string title tojson trim upper"""
+_TESTS = """!= < <= == > >= boolean defined eq equalto even false float ge greaterthan gt in integer
+    iterable le lessthan lower lt mapping ne none number odd sameas sequence string true undefined
+    upper"""
+_METHODS = """capitalize count endswith find isalpha isdigit isspace lower lstrip removeprefix
+    removesuffix replace rstrip split splitlines startswith strip title upper"""
+_LOOP = "cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"
+_ATTRIBUTES: dict[type, list[str]] = {
+    str: _METHODS.split(),
+    dict: ["get", "items", "keys", "values"],
+    LoopContext: _LOOP.split(),
 }
-_TESTS = (
-    *("!=", "<", "<=", "==", ">", ">=", "boolean", "defined", "eq", "equalto", "even", "false"),
-    *("float", "ge", "greaterthan", "gt", "in", "integer", "iterable", "le", "lessthan", "lower"),
-    *("lt", "mapping", "ne", "none", "number", "odd", "sameas", "sequence", "string", "true"),
-    *("undefined", "upper"),
-)
-_STRING_METHODS = (
-    *("capitalize", "count", "endswith", "find", "isalpha", "isdigit", "isspace", "lower"),
-    *("lstrip", "removeprefix", "removesuffix", "rstrip", "split", "splitlines", "startswith"),
-    *("strip", "title", "upper"),
-)
-_LOOP_ATTRIBUTES = (
-    *("cycle", "depth", "depth0", "first", "index", "index0", "last", "length", "nextitem"),
-    *("previtem", "revindex", "revindex0"),
-)
-_ATTRIBUTES: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (str, _STRING_METHODS),
-    (dict, ("get", "items", "keys", "values")),
-    (LoopContext, _LOOP_ATTRIBUTES),
-)
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "lteq": operator.le,
-    "gt": operator.gt,
-    "gteq": operator.ge,
-    "in": lambda left, right: left in right,
-    "notin": lambda left, right: left not in right,
-}
-_OWN_NAMES = ("_steps", "_joined", "_compared", "_paid", "_paid_once")
-_FORBIDDEN = (
-    nodes.AssignBlock,
-    nodes.Block,
-    nodes.CallBlock,
-    nodes.Extends,
-    nodes.FilterBlock,
-    nodes.FromImport,
-    nodes.Import,
-    nodes.Include,
-    nodes.ScopedEvalContextModifier,
+_VIEWS = (KeysView, ValuesView, ItemsView)
+# How many times the size of what they are given filters and methods may take while they work.
+_GROWTH = {"capitalize": 4, "lower": 4, "max": 4, "min": 4, "splitlines": 24, "title": 24}
+_GROWTH |= {"tojson": 8, "upper": 4}
+_WRITTEN = 10  # the same for a list that becomes text
+_OF_TEXT = ("capitalize", "lower", "title", "trim", "upper")
+_SHORT = ("lstrip", "map", "max", "min", "rejectattr", "rstrip", "selectattr", "strip", "trim")
+_FORBIDDEN: tuple[type[nodes.Node], ...] = (
+    *(nodes.Block, nodes.CallBlock, nodes.Extends, nodes.FilterBlock, nodes.FromImport),
+    *(nodes.Import, nodes.Include, nodes.ScopedEvalContextModifier),
 )
 
 
@@ -94,9 +75,10 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise BundleError(f"chat template: is longer than {MAX_TEMPLATE_CHARS} characters")
         self._environment = _Environment()
+        self._lock = Lock()
         try:
             tree = self._environment.parse(source)
-            self._environment.guard(tree)
+            _Watched().visit(tree)
             self._template = self._environment.from_string(tree)
         except Exception as error:  # also of Python's compiler: nesting, digits of a number
             raise BundleError(f"chat template: {_line(error)}") from error
@@ -105,280 +87,237 @@ class ChatTemplate:
         """The template's text for these variables.
 
         Raises:
-            PromptError: the template refused the conversation, failed, or ran out of its budget.
+            PromptError: the template refused the conversation, failed, or takes too much memory
+                or time.
         """
-        self._environment.refill(variables)
-        try:
-            return "".join(self._template.generate(**variables))
-        except SecurityError as error:
-            raise PromptError(f"chat template: {_line(error)}") from error
-        except Exception as error:  # the template's own code may raise anything
-            raise PromptError(f"chat template: {type(error).__name__}: {_line(error)}") from error
+        with self._lock:
+            try:
+                self._environment.start(variables)
+                return self._template.render(variables)
+            except SecurityError as error:
+                raise PromptError(f"chat template: {_line(error)}") from error
+            except Exception as error:  # the template's own code may raise anything
+                name = type(error).__name__
+                raise PromptError(f"chat template: {name}: {_line(error)}") from error
+
+
+class _Watched(NodeTransformer):
+    """Lets filters see what a template makes, loops over or compares without calling anything."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        if isinstance(node, nodes.Template) and len([*node.find_all(nodes.Node)]) >= MAX_NODES:
+            raise SecurityError(f"has more than {MAX_NODES} parts")
+        if isinstance(node, _FORBIDDEN):
+            raise SecurityError(f"uses {type(node).__name__}, which is not allowed")
+        node = self.generic_visit(node, *args, **kwargs)
+        match node:
+            case nodes.For(recursive=True):
+                raise SecurityError("uses a recursive loop, which is not allowed")
+            case nodes.For():
+                n_pieces = sum(len(output.nodes) for output in node.find_all(nodes.Output))
+                node.iter = _filter(node.iter, "(steps)", nodes.Const(n_pieces))
+            case nodes.Pair():
+                node.key = _filter(node.key, "(made)")
+            case nodes.Operand():
+                node.expr = _filter(node.expr, "(timed)")
+            case nodes.Concat():
+                return _filter(nodes.List(node.nodes), "join")
+            case nodes.List() | nodes.Tuple(ctx="load") | nodes.Dict():
+                return _filter(node, "(made)")
+            case nodes.Getitem(arg=nodes.Slice()):
+                return _filter(node, "(made)")
+        return node
+
+
+def _filter(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Expr:
+    return nodes.Filter(node, name, list(args), [], None, None)
+
+
+class _Generation(Extension):
+    """``{% generation %}``, around what a model is trained to say: here it is its body alone."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), True), lineno=line)
+
+
+class _PlainNamespace(Namespace):
+    """Does not show what is in it: namespaces in namespaces, twice each, would fill the memory."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%", "/", "//", "-"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self._paid, cache_size=0)
-        self._left = BUDGET
-        self._macro_cost = _CALL
-        functions = {**self.filters, "tojson": _to_json}
-        self.filters = {
-            name: self._filter(name, functions[name], deep) for name, deep in _FILTERS.items()
-        }
-        self.tests = {name: self._test(self.tests[name]) for name in _TESTS}
-        self.globals = {
-            "namespace": self.globals["namespace"],
-            "range": range_of_messages,
-            "raise_exception": _raise_exception,
-            **{name: getattr(self, name) for name in _OWN_NAMES},
-        }
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            # As it takes the context, jinja2 does not call it while it compiles.
+            finalize=pass_context(lambda _, value: self._text(value)),
+            cache_size=0,
+            extensions=[LoopControlExtension, _Generation],
+        )
+        methods = {**vars(str), "replace": self._replace, "split": self._split}
+        filters = {**self.filters, "join": self._join, "list": iter, "replace": self._replace}
+        filters |= {"string": self._text, "tojson": _to_json}
+        # With a text on its left % would fill it in; a minus refuses it.
+        tests: dict[str, Any] = {**self.tests, "even": lambda n: (n - 0) % 2 == 0}
+        tests["odd"] = lambda n: (n - 0) % 2 == 1
+        self.filters = {name: self._bounded(name, filters[name]) for name in _FILTERS.split()}
+        self.filters |= {"(made)": self.made, "(steps)": self._steps, "(timed)": self._timed}
+        self.tests = {name: self._bounded(name, tests[name]) for name in _TESTS.split()}
+        self._methods = {name: self._bounded(name, methods[name]) for name in _METHODS.split()}
+        self.globals = {"namespace": _PlainNamespace, "range": safe_range}
+        self.globals["raise_exception"] = self._raise_exception
 
-    def refill(self, variables: dict[str, Any]) -> None:
-        """Start a rendering: longer conversations take more work."""
+    def start(self, variables: dict[str, Any]) -> None:
+        """Start a rendering: longer conversations may take more memory."""
         self._left = sys.maxsize
-        self._pay_inside(variables)
-        self._left = BUDGET + BUDGET_PER_INPUT_BYTE * (sys.maxsize - self._left)
+        self._pay_for(variables)
+        self._left = MAX_BYTES + MAX_BYTES_PER_INPUT_BYTE * (sys.maxsize - self._left)
+        self._deadline = monotonic() + MAX_SECONDS
 
-    def guard(self, tree: nodes.Template) -> None:
-        """Refuse forbidden constructs; make those pay that the sandbox does not intercept."""
-        n_nodes = _count(tree)
-        if n_nodes > MAX_NODES:
-            raise SecurityError(f"has more than {MAX_NODES} parts")
-        for forbidden in tree.find_all(_FORBIDDEN):
-            raise SecurityError(f"uses {type(forbidden).__name__}, which is not allowed")
-        for name in tree.find_all(nodes.Name):
-            if name.name in _OWN_NAMES:
-                raise SecurityError(f"uses the name {name.name}")
-        self._macro_cost = _CALL + _NODE * n_nodes
-        _rewrite(tree)
+    def made(self, value: Any) -> Any:
+        """The value, paid for; an iterator or a dict's view as a list."""
+        if not isinstance(value, str) and isinstance(value, (Iterator, *_VIEWS)):
+            return [self.made(item) for item in self._steps(value)]
+        self._pay_for(value)
+        return self._timed(value)
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """The text of a prompt, a macro or a block."""
+        texts = []
+        for text in pieces:
+            self._pay(_size(text))
+            texts.append(text)
+        return "".join(texts)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, Namespace):
             return super().is_safe_attribute(obj, attr, value)
-        return any(isinstance(obj, kind) and attr in names for kind, names in _ATTRIBUTES)
+        return any(isinstance(obj, kind) and attr in _ATTRIBUTES[kind] for kind in _ATTRIBUTES)
 
     def wrap_str_format(self, value: Any) -> None:
         """``format`` is not among the allowed string methods; a width could fill the memory."""
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(obj, Macro):
-            self._pay(self._macro_cost)
-        elif getattr(obj, "__self__", None) is not self:
-            self._pay(_CALL)
-            self._pay_inside((args, kwargs))
-            self._pay_method(obj, args)
-        result = super().call(context, obj, *args, **kwargs)
-        return self._listed(result) if isinstance(result, Iterable) else result
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            raise SecurityError("looks up a tuple")
+        _check_short((argument,))
+        return super().getitem(self._timed(obj), argument)
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _check_short(kwargs)
+        self._pay(_CALL + sum(map(_size, (*args, *kwargs.values()))))
+        text = getattr(obj, "__self__", None)
+        if isinstance(text, str):
+            method = partial(self._methods[obj.__name__], text)
+            return super().call(context, method, *args, **kwargs)
+        return self.made(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if operator == "+":
-            if not numbers:
-                # Markup would escape what is added to it.
-                self._pay(6 * (_size(left) + _size(right)))
-        elif not numbers or operator == "**":
+        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
+        if operator != "+" and (operator == "**" or not numbers):
             raise SecurityError(f"uses {operator} on {type(left).__name__}")
-        elif abs(left) > 1 << 62 or abs(right) > 1 << 62:
-            raise SecurityError("computes with numbers that are too large")
-        return super().call_binop(context, operator, left, right)
+        return self.made(super().call_binop(context, operator, left, right))
 
-    def _steps(self, values: Iterable[Any], cost: int) -> Iterator[Any]:
-        for value in values:
-            self._pay(cost)
-            yield value
-
-    def _joined(self, *parts: Any) -> str:
-        self._pay_inside(parts)
-        return "".join(str(part) for part in parts)
-
-    def _compared(self, left: Any, *rest: Any) -> bool:
-        result = True
-        for name, right in zip(rest[::2], rest[1::2], strict=True):
-            self._pay_inside((left, right))
-            if isinstance(left, str) and isinstance(right, str):
-                self._pay(_search_cost(right, left))
-            result = _COMPARISONS[name](left, right)
-            if not result:
-                break
-            left = right
-        return result
-
-    def _paid(self, value: Any) -> Any:
-        """The value, after paying for everything inside it."""
-        self._pay_inside(value)
-        return value
-
-    def _paid_once(self, value: Any) -> Any:
-        """The value, after paying for a copy of it that shares what is inside."""
-        self._pay(_size(value))
-        return value
-
-    def _pay(self, cost: int) -> None:
-        self._left -= cost
+    def _pay(self, n_bytes: int) -> None:
+        self._left -= n_bytes
         if self._left < 0:
+            raise SecurityError("takes too long or too much memory")
+
+    def _pay_for(self, value: Any, times: int = 1, depth: int = 0) -> None:
+        """Pay for a value and everything inside it, also where it is there more than once."""
+        self._pay(times * _size(value))
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise SecurityError("computes with numbers that are too large")
+        if isinstance(value, (list, tuple, dict)):
+            if depth > MAX_DEPTH:
+                raise SecurityError("nests lists too deeply")
+            for item in (*value, *value.values()) if isinstance(value, dict) else value:
+                self._pay_for(item, times, depth + 1)
+
+    def _timed(self, value: Any) -> Any:
+        if monotonic() > self._deadline:
             raise SecurityError("takes too long")
+        return value
 
-    def _pay_inside(self, value: Any, depth: int = 0) -> None:
-        if depth > MAX_DEPTH:
-            raise SecurityError("nests lists too deeply")
-        self._pay(_size(value))
-        if isinstance(value, dict):
-            for key, item in value.items():
-                self._pay_inside(key, depth + 1)
-                self._pay_inside(item, depth + 1)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                self._pay_inside(item, depth + 1)
+    def _steps(self, values: Iterable[Any], n_pieces: int = 0) -> Iterator[Any]:
+        """Values for a loop. A step pays for its place in a list, and those of its texts."""
+        for value in values:
+            self._pay(_SLOT + _SLOT * n_pieces)
+            yield self._timed(value)
 
-    def _pay_method(self, method: Any, args: tuple[Any, ...]) -> None:
-        text = getattr(method, "__self__", None)
-        if not isinstance(text, str):
-            return
-        self._pay(3 * _size(text))  # some capitals are three letters
-        name = method.__name__
-        if name in ("count", "find", "split") and args and isinstance(args[0], str):
-            self._pay(_search_cost(text, args[0]))
-        if name == "split" and args and isinstance(args[0], str) and args[0]:
-            self._pay(_OBJECT * text.count(args[0]))
-        elif name in ("split", "splitlines"):
-            self._pay(_OBJECT * len(text))
+    def _text(self, value: Any) -> str:
+        """The value as text, paid for if it was none."""
+        if isinstance(value, str):
+            return value
+        self._pay_for(value, _WRITTEN if isinstance(value, (list, tuple, dict)) else 1)
+        return self.concat([str(value)])
 
-    def _listed(self, values: Iterable[Any]) -> Any:
-        """The values of an iterator or a dict's view as a list, each paid for."""
-        if isinstance(values, str | list | tuple | dict | range | Namespace):
-            return values
-        return list(self._steps(values, _OBJECT))
-
-    def _filter(self, name: str, function: Callable[..., Any], deep: bool) -> Callable[..., Any]:
+    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter, test or method that pays for what it takes and what it makes."""
         first = int(hasattr(function, "jinja_pass_arg"))  # in front of it: jinja2's context
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(
-                self._listed(value) if isinstance(value, Iterator) else value for value in args
-            )
-            self._pay(_CALL)
-            if deep:
-                self._pay_inside((args, kwargs))
-            if name in ("list", "reverse"):
-                value = args[first]
-                self._pay(_OBJECT * len(value) if isinstance(value, str) else _size(value))
-            elif name == "replace":
-                text, old, new = (str(value) for value in args[first : first + 3])
-                self._pay(_search_cost(text, old) + 4 * len(new) * (text.count(old) + 1))
-            elif name == "join":
-                separator = args[first + 1] if len(args) > first + 1 else kwargs.get("d", "")
-                self._pay(4 * len(str(separator)) * len(args[first]))
-            elif name in ("capitalize", "lower", "title", "tojson", "upper"):
-                self._pay_inside((args, kwargs))
-                self._pay_inside((args, kwargs))
-            result = function(*args, **kwargs)
-            return self._listed(result) if isinstance(result, Iterator) else result
+            value, others = args[first], args[first + 1 :]
+            if name in _OF_TEXT:
+                value = self._text(value)
+            if name in _GROWTH:
+                self._pay_for(value, _GROWTH[name])
+            if name in _SHORT:
+                _check_short((*others, *kwargs.values()))
+            return self.made(function(*args[:first], value, *others, **kwargs))
 
         # Keep the marks that tell jinja2 to pass its context or environment first.
         bounded.__dict__.update(getattr(function, "__dict__", {}))
         return bounded
 
-    def _test(self, function: Any) -> Callable[..., Any]:
-        def bounded(*args: Any) -> Any:
-            if len(args) > 1:
-                self._pay_inside(args)
-                if isinstance(args[0], str) and isinstance(args[1], str):
-                    self._pay(_search_cost(args[1], args[0]))
-            self._pay(_size(args[0]))
-            return function(*args)
+    def _raise_exception(self, message: Any) -> None:
+        raise SecurityError(self._text(message))
 
-        bounded.__dict__.update(getattr(function, "__dict__", {}))
-        return bounded
+    def _join(self, values: Iterable[Any], d: Any = "") -> str:
+        texts, separator = [self._text(value) for value in values], self._text(d)
+        self._pay(_CHARACTER * len(separator) * len(texts))
+        self._pay_for(texts)
+        return separator.join(texts)
 
+    def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> str:
+        text, replaced, replacement = map(self._text, (value, old, new))
+        self._pay(_CHARACTER * len(replacement) * text.count(replaced))
+        return text.replace(replaced, replacement, -1 if count is None else count)
 
-def range_of_messages(*args: int) -> range:
-    """``range`` for templates, which count messages and parts."""
-    steps = range(*args)
-    if len(steps) > 10_000:
-        raise SecurityError("uses a range that is too long")
-    return steps
+    def _split(self, text: str, sep: str | None = None, maxsplit: int = -1) -> list[str]:
+        self._pay(_PIECE * (text.count(sep) if sep else len(text) // 2))
+        return text.split(sep, maxsplit)
 
 
-def _raise_exception(message: object) -> None:
-    raise SecurityError(str(message))
-
-
-def _to_json(
-    value: Any,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _to_json(value: Any, **style: Any) -> str:
     """As the chat templates of transformers have it: no escapes for HTML or other alphabets."""
-    if indent is not None and indent not in range(9):
-        raise SecurityError("indents JSON too far")
-    if separators is not None and sum(len(separator) for separator in separators) > 16:
-        raise SecurityError("separates JSON too far")
-    return json.dumps(
-        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    if not style.keys() <= {"ensure_ascii", "indent", "separators", "sort_keys"}:
+        raise SecurityError(f"gives tojson {', '.join(style)}")
+    separators = style.get("separators") or ()
+    if style.get("indent") not in (None, *range(9)) or sum(map(len, separators)) > 16:
+        raise SecurityError("spaces JSON too far")
+    return json.dumps(value, **{"ensure_ascii": False, **style})
+
+
+def _check_short(values: Iterable[Any]) -> None:
+    """A key is also written into messages; a path or set of characters takes time each time."""
+    if any(isinstance(value, str) and len(value) > _LONGEST for value in values):
+        raise SecurityError(f"uses an argument of more than {_LONGEST} characters")
 
 
 def _size(value: Any) -> int:
-    """Bytes of a value without what is inside it."""
-    if isinstance(value, str | bytes | list | tuple | dict):
-        return sys.getsizeof(value) + _OBJECT
-    return _OBJECT
-
-
-def _search_cost(text: str, wanted: str) -> int:
-    """For short texts, looking for one string in another takes the product of their lengths."""
-    return len(text) * min(len(wanted), 2500) // 16
+    """Bytes of a value without what is inside it; a text may become one of wide characters."""
+    return _OBJECT + (_CHARACTER * len(value) if isinstance(value, str) else sys.getsizeof(value))
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
-
-
-def _count(tree: nodes.Node) -> int:
-    return 1 + sum(1 for _ in tree.find_all(nodes.Node))
-
-
-def _call(name: str, args: list[Any]) -> nodes.Call:
-    call = nodes.Call(nodes.Name(name, "load"), args, [], None, None)
-    call.set_lineno(args[0].lineno if args else 1)
-    return call
-
-
-def _rewrite(node: nodes.Node) -> None:
-    """Put calls into a syntax tree that pay for loops, comparisons, ``~``, slices and keys."""
-    if isinstance(node, nodes.For):
-        if node.recursive:
-            raise SecurityError("uses a recursive loop, which is not allowed")
-        node.iter = _call("_steps", [node.iter, nodes.Const(_NODE * (1 + _count(node)))])
-    elif isinstance(node, nodes.Getitem):
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _call("_paid_once", [node.node])
-        elif not isinstance(node.arg, nodes.Const):
-            node.arg = _call("_paid", [node.arg])
-    elif isinstance(node, nodes.Pair) and not isinstance(node.key, nodes.Const):
-        node.key = _call("_paid", [node.key])
-    for field, value in list(node.iter_fields()):
-        children = value if isinstance(value, list) else [value]
-        for index, child in enumerate(children):
-            if not isinstance(child, nodes.Node):
-                continue
-            _rewrite(child)
-            call = _paying(child)
-            if call and isinstance(value, list):
-                value[index] = call
-            elif call:
-                setattr(node, field, call)
-
-
-def _paying(node: nodes.Node) -> nodes.Call | None:
-    if isinstance(node, nodes.Concat):
-        return _call("_joined", node.nodes)
-    if isinstance(node, nodes.Compare):
-        args = [node.expr]
-        for operand in node.ops:
-            args += [nodes.Const(operand.op), operand.expr]
-        return _call("_compared", args)
-    return None
+    return " ".join(str(error)[:2000].split())[:500]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_vlm.errors import BundleError, EdgeVLMError, PromptError
-from edge_vlm.prompt.template import MAX_NODES, MAX_TEMPLATE_CHARS, ChatTemplate
+from edge_vlm.prompt.template import ChatTemplate
 
+FAMILIES = json.loads((Path(__file__).parent / "data" / "families.json").read_text("utf-8"))
 HELLO = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -108,6 +109,15 @@ def test_a_template_like_llamas() -> None:
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_of_model_families(family: str) -> None:
+    template = ChatTemplate(FAMILIES[family]["template"])
+    for case in FAMILIES[family]["cases"]:
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        text = template.render(messages=case["messages"], add_generation_prompt=True, **tokens)
+        assert text == case["prompt"]
+
+
 @pytest.mark.parametrize(
     ("source", "text"),
     [
@@ -145,6 +155,21 @@ def test_a_template_like_llamas() -> None:
         ("{{ 7 // 2 }}{{ 7 % 2 }}{{ -1 }}{{ 2 * 3 }}{{ '3' | int + 1 }}", "31-164"),
         ("{% for x in [1, 2] %}{{ loop.cycle('a', 'b') }}{{ loop.previtem }}{% endfor %}", "ab1"),
         ("{# a comment #}{% raw %}{{ x }}{% endraw %}\n", "{{ x }}"),
+        ("a{% generation %}b{% set c = 1 %}{% endgeneration %}{{ c is defined }}", "abFalse"),
+        ("{% for x in [1, 2] %} {%- generation -%} {{ x }} {%- endgeneration %}{% endfor %}", "12"),
+        ("{% for x in range(9) %}{% if x == 1 %}{% continue %}{% endif %}"
+         "{% if x == 4 %}{% break %}{% endif %}{{ x }}{% endfor %}", "023"),
+        ("{% set x %}a{{ 1 }}{% endset %}{{ x ~ x }}", "a1a1"),
+        ("{{ {'é': 1} | tojson(ensure_ascii=true, separators=(',', ':')) }}", '{"\\u00e9":1}'),
+        ("{{ 'a<think>b'.replace('<think>', ' ') }}{{ 'aa' | replace('a', 'b', 1) }}", "a bba"),
+        ("{{ [1, 2, 3] | select('odd') | list }}{{ [1, 2] | reject('even') | list }}", "[1, 3][1]"),
+        ("{{ {messages[0].role: 1} }}{{ (1, 2)[1:] }}{{ [[1], {}] ~ none }}",
+         "{'user': 1}(2,)[[1], {}]None"),
+        ("{% macro f() %}{{ kwargs.context }}{{ varargs }}{% endmacro %}{{ f(1, context=2) }}",
+         "2(1,)"),
+        ("{{ 'a b\n c'.split() }}{{ 'a,b,c'.split(',', 1) }}{{ 'a\nb'.splitlines() }}",
+         "['a', 'b', 'c']['a', 'b,c']['a', 'b']"),
+        ("{{ strftime_now is defined }}{{ [] | string is string }}{{ 3 is odd }}", "FalseTrueTrue"),
     ],
 )  # fmt: skip
 def test_what_chat_templates_use(source: str, text: str) -> None:
@@ -170,6 +195,13 @@ def test_each_rendering_has_a_budget_of_its_own() -> None:
     template = ChatTemplate("{% for x in range(9000) %}{{ x }}{% endfor %}")
     texts = {template.render() for _ in range(15)}
     assert len(texts) == 1
+
+
+def test_threads_may_share_a_template() -> None:
+    template = ChatTemplate("{% for x in range(500) %}{{ name }}{% endfor %}")
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda name: template.render(name=name), "abcdefgh"))
+    assert texts == [name * 500 for name in "abcdefgh"]
 
 
 # What must not work: reaching Python
@@ -203,6 +235,16 @@ CODE = [
     "{% macro f() %}{% endmacro %}{{ f._func }}",
     "{{ (1).__class__ }}",
     "{{ (1).to_bytes(1, 'big') }}",
+    "{{ messages.__await__ }}",
+    "{{ messages.__aiter__ }}",
+    "{{ (messages | map('upper')).gi_frame.f_back }}",
+    "{{ raise_exception.cr_frame }}",
+    "{{ dict }}{{ lipsum }}{{ cycler }}{{ joiner }}{{ environment }}{{ context }}",
+    "{{ namespace(a=1)._Namespace__attrs }}",
+    "{{ 'x'.split.__self__ }}",
+    "{{ f.__wrapped__ }}{% macro f() %}{% endmacro %}{{ f.__call__ }}",
+    "{{ [1] | tojson(default=raise_exception) }}",
+    "{{ [1] | tojson(cls=namespace) }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].update({'role': 'x'}) }}",
     "{{ messages[0].pop('role') }}",
@@ -217,7 +259,6 @@ CODE = [
     "{% from 'x' import y %}",
     "{% extends 'x' %}",
     "{% block x %}{% endblock %}",
-    "{% set x %}y{% endset %}",
     "{% filter upper %}x{% endfilter %}",
     "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}x{% endcall %}",
     "{% autoescape true %}x{% endautoescape %}",
@@ -249,152 +290,3 @@ def test_nothing_of_a_conversation_can_be_changed() -> None:
                    "messages[0].setdefault('x', 1)", "messages.sort()"):  # fmt: skip
         refused(f"{{{{ {change} }}}}", messages=TURNS)
     assert json.dumps(TURNS) == before
-
-
-# What must not work: filling time and memory
-
-
-START = "{% set ns = namespace(a=range(9999)|list, s='xxxxxxxxxxxxxxxx', t=(1,), u=(1,)) %}"
-LONG_TEXT = START + "{% for i in range(17) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
-LONG_LIST = START + "{% for i in range(8) %}{% set ns.a = ns.a + ns.a %}{% endfor %}"
-NESTED = (
-    START
-    + "{% for i in range(60) %}{% set ns.t = (ns.t, ns.t) %}{% set ns.u = (ns.u, ns.u) %}"
-    + "{% endfor %}"
-)
-COSTLY = {
-    "steps": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
-    "long range": "{% for i in range(1000000000) %}{% endfor %}",
-    "macro": "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(0) }}",
-    "shallow macro": "{% macro f(n) %}{% if n < 40 %}{{ f(n+1) }}{{ f(n+1) }}{% endif %}"
-    "{% endmacro %}{{ f(0) }}",
-    "repeat": "{{ 'a' * 1000000000 }}",
-    "repeat a list": "{{ [1] * 1000000000 }}",
-    "power": "{{ 10 ** 1000000000 }}",
-    "big numbers": "{% set ns = namespace(n=9) %}{% for i in range(9999) %}"
-    "{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "percent": "{{ '%1000000000d' % 1 }}",
-    "format": "{{ '{:1000000000}'.format(1) }}",
-    "filter format": "{{ '%1000000000d' | format(1) }}",
-    "center": "{{ 'a' | center(1000000000) }}",
-    "ljust": "{{ 'a'.ljust(1000000000) }}",
-    "zfill": "{{ 'a'.zfill(1000000000) }}",
-    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
-    "to_bytes": "{{ (1).to_bytes(1000000000, 'big') | length }}",
-    "indent": "{{ [1] | tojson(indent=1000000000) | length }}",
-    "separators": LONG_TEXT + "{{ ns.a | tojson(separators=(ns.s, ns.s)) | length }}",
-    "doubling": "{% set ns = namespace(s='x') %}{% for i in range(99) %}"
-    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubling with ~": "{% set ns = namespace(s='x') %}{% for i in range(99) %}"
-    "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "doubling by join": "{% set ns = namespace(s='x') %}{% for i in range(99) %}"
-    "{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
-    "doubling by replace": "{% set ns = namespace(s='xx') %}{% for i in range(99) %}"
-    "{% set ns.s = ns.s | replace('x', 'xx') %}{% endfor %}",
-    "doubling lists": "{% set ns = namespace(s=[1]) %}{% for i in range(99) %}"
-    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "join": LONG_TEXT + "{{ range(9999) | map('string') | join(ns.s) | length }}",
-    "replace": LONG_TEXT + "{{ ns.s | replace('x', ns.s) | length }}",
-    "replace nothing": LONG_TEXT + "{{ ns.s | replace('', ns.s) | length }}",
-    "copies of a text": LONG_TEXT + "{{ [" + "ns.s[1:], " * 700 + "] | length }}",
-    "copies of a list": LONG_LIST + "{{ [" + "ns.a[:], " * 700 + "] | length }}",
-    "letters": LONG_TEXT + "{{ [" + "ns.s | list, " * 50 + "] | length }}",
-    "pieces": LONG_TEXT + "{{ [" + "ns.s.split('x'), " * 50 + "] | length }}",
-    "output": LONG_TEXT + "{{ ns.s }}" * 900,
-    "search": LONG_TEXT + "{% for i in range(9999) %}{% if 'b' in ns.s %}{% endif %}{% endfor %}",
-    "search slowly": "{% set ns = namespace(s='x') %}{% for i in range(11) %}"
-    "{% set ns.s = ns.s + ns.s %}{% endfor %}{% for i in range(9999) %}"
-    "{{ ns.s.find(ns.s[:1000] + 'y') }}{% endfor %}",
-    "nested ==": NESTED + "{{ ns.t == ns.u }}",
-    "nested <": NESTED + "{{ 1 < 2 < 3 and ns.t < ns.u }}",
-    "nested in": NESTED + "{{ ns.t in [ns.u] }}",
-    "nested test": NESTED + "{{ ns.t is eq(ns.u) }}",
-    "nested selectattr": NESTED + "{{ [{'x': ns.t}] | selectattr('x', 'eq', ns.u) | list }}",
-    "nested max": NESTED + "{{ [ns.t, ns.u] | max | length }}",
-    "nested key": NESTED + "{{ {ns.t: 1} | length }}",
-    "nested item": NESTED + "{{ {}[ns.t] }}",
-    "nested get": NESTED + "{{ {}.get(ns.t) }}",
-    "nested output": NESTED + "{{ ns.t }}",
-    "nested string": NESTED + "{{ ns.t | string | length }}",
-    "nested ~": NESTED + "{{ (ns.t ~ '') | length }}",
-    "nested json": NESTED + "{{ ns.t | tojson | length }}",
-    "nested message": NESTED + "{{ raise_exception(ns.t) }}",
-    "nested join": NESTED + "{{ [ns.t] | join | length }}",
-    "deep json": START + "{% for i in range(5000) %}{% set ns.t = [ns.t] %}{% endfor %}"
-    "{{ ns.t | tojson }}",
-    "deep ==": START + "{% for i in range(5000) %}{% set ns.t = [ns.t] %}"
-    "{% set ns.u = [ns.u] %}{% endfor %}{{ ns.t == ns.u }}",
-}  # fmt: skip
-
-
-TOO_MUCH = {
-    "characters": "x" * (MAX_TEMPLATE_CHARS + 1),
-    "parts": "{{ a }}" * MAX_NODES,
-    "variables": "{% if x %}{% set y = 1 %}{% endif %}" * 1500,
-    "digits": "{{ " + "9" * 5000 + " }}",
-    "loops in loops": "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
-    "brackets": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
-    "lists": "{{ " + "[" * 20_000 + "1" + "]" * 20_000 + " }}",
-    "not": "{{ " + "not " * 15_000 + "1 }}",
-    "sums": "{{ 1" + " + 1" * 15_000 + " }}",
-    "attributes": "{{ a" + ".b" * 20_000 + " }}",
-    "elif": "{% if 0 %}" + "{% elif 0 %}" * 5000 + "{% endif %}",
-    "ifs": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
-    "open": "{% if 1 %}",
-    "syntax": "{{ 1 + }}",
-    "brace": "{{",
-    "tag": "{% unknown %}",
-    "bad assignment": "{% set 1 = 2 %}",
-    "bad loop": "{% for x y in z %}{% endfor %}",
-}
-
-
-MEASURE = """
-import json, resource, sys, time
-from edge_vlm.errors import BundleError, PromptError
-from edge_vlm.prompt.template import ChatTemplate
-def used():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-ChatTemplate("{{ x }}").render()
-before, results = used(), {}
-for name, source in json.load(sys.stdin).items():
-    started = time.process_time()
-    try:
-        ChatTemplate(source).render(messages=[])
-        error = ["none", ""]
-    except (BundleError, PromptError) as caught:
-        error = [type(caught).__name__, str(caught)]
-    results[name] = [*error, time.process_time() - started, used() - before]
-print(json.dumps(results))
-"""
-
-
-@pytest.fixture(scope="module")
-def measured() -> dict[str, tuple[str, str, float, float]]:
-    """By name: error, message, CPU seconds, MiB that the peak memory has risen so far."""
-    found = subprocess.run(
-        [sys.executable, "-c", MEASURE],
-        input=json.dumps({**COSTLY, **TOO_MUCH}),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=100,
-    )
-    return {name: tuple(result) for name, result in json.loads(found.stdout).items()}
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere peak memory has another unit")
-
-
-@linux
-@pytest.mark.parametrize("name", [*COSTLY, *TOO_MUCH])
-def test_time_and_memory_are_bounded(
-    name: str, measured: dict[str, tuple[str, str, float, float]]
-) -> None:
-    error, message, seconds, rise = measured[name]
-    assert_one_line(message)
-    assert error == "BundleError" or name in COSTLY
-    if name.startswith("deep "):
-        assert message == "chat template: nests lists too deeply"
-    assert seconds < 1
-    assert rise < 100
