@@ -7,27 +7,27 @@ is a ``Family``.
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError
+from edge_vlm.machine.plugins import load_plugin, plugins
 from edge_vlm_export.checkpoint.json_file import read_json, shorten
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.base import Family
 
 GROUP = "edge_vlm_export.families"
-_BUILT_IN = ("edge_vlm_export.families.jina_vlm.family",)
+_BUILT_IN = {
+    "jina-vlm": "edge_vlm_export.families.jina_vlm.family:FAMILY",
+    "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
+}
 
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by its name, the built-in ones first."""
-    built_in: list[Family] = [import_module(module).FAMILY for module in _BUILT_IN]
-    added: list[Family] = [point.load() for point in entry_points(group=GROUP)]
-    return {family.name: family for family in [*added, *built_in]}
+    """Every family by its name."""
+    return {name: load_plugin(value) for name, value in ({**plugins(GROUP), **_BUILT_IN}).items()}
 
 
 def family_of(folder: Path) -> Family:
@@ -41,8 +41,8 @@ def family_of(folder: Path) -> Family:
     for family in families().values():
         if family.recognises(config):
             return family
-    known = [f"{', '.join(f.model_types)} ({f.name})" for f in families().values()]
+    known = [f"{', '.join(f.model_types)} ({name})" for name, f in families().items()]
     raise CheckpointError(
-        f"{path}: model_type is {shorten(config.get('model_type'))}, which is not supported: known"
-        f" are {'; '.join(known)}"
+        f"{path}: model_type is {shorten(config.get('model_type'))}, which is not supported; known"
+        f" are {', '.join(sorted(known))}"
     )
