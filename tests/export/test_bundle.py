@@ -161,7 +161,7 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
 @pytest.mark.parametrize(
     "target",
     [
-        "edge_vlm_export.vision.write.write_vision",
+        "edge_vlm_export.vision.write.build_vision",
         "edge_vlm_export.decoder.write.write_decoder",
         "edge_vlm_export.steps.export.record_files",
         "edge_vlm_export.steps.export.build_manifest",

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from edge_vlm_export.checkpoint import tensors as checkpoint_module
 from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.layout import check_tensors
+from edge_vlm_export.families.model import Model
 from safetensors.numpy import load_file, save_file
 
 from edge_vlm.errors import CheckpointError
@@ -75,12 +74,12 @@ def test_a_tensor_is_read_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("name", "tied"), [("tiny-378", False), ("tiny-126-tied", True)])
 def test_the_files_decide_whether_the_head_is_tied(name: str, tied: bool) -> None:
     folder = GOLDEN / name / "checkpoint"
-    assert check_tensors(Checkpoint.open(folder), read_settings(folder)) is tied
+    assert Model(folder).tied is tied
 
 
 def test_one_config_level_may_contradict_the_files(single: Path) -> None:
     set_key(single / "config.json", "tie_word_embeddings", True)
-    assert check_tensors(Checkpoint.open(single), read_settings(single)) is False
+    assert Model(single).tied is False
 
 
 def test_both_config_levels_may_not(single: Path) -> None:
@@ -135,7 +134,7 @@ def test_dead_tensors_may_be_absent(single: Path) -> None:
             del tensors[name]
 
     edit_tensors(single, drop)
-    assert check_tensors(Checkpoint.open(single), read_settings(single)) is False
+    assert Model(single).tied is False
 
 
 def test_dead_tensors_still_have_the_right_shape(single: Path) -> None:
@@ -168,7 +167,7 @@ def test_biases_of_the_language_model_may_be_absent(single: Path) -> None:
             del tensors[name]
 
     edit_tensors(single, drop)
-    check_tensors(Checkpoint.open(single), read_settings(single))
+    assert Model(single).tied is False
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from edge_vlm_export.checkpoint import json_file
-from edge_vlm_export.checkpoint.tokenizer import read_tokenizer
 from edge_vlm_export.families.jina_vlm.config import read_settings
+from edge_vlm_export.families.jina_vlm.family import FAMILY
 
 from tests.conftest import GOLDEN
 from tests.export_helpers import copy_checkpoint, edit_json, refused, set_key
@@ -344,13 +344,13 @@ def test_the_first_token_is_bos_or_else_eos(checkpoint: Path) -> None:
     settings = read_settings(checkpoint)
     config = checkpoint / "tokenizer_config.json"
     set_key(config, "bos_token", "<|im_start|>")
-    assert read_tokenizer(checkpoint, settings).bos == 741
+    assert FAMILY.read_tokenizer(checkpoint, settings).bos == 741
     set_key(config, "bos_token", None)
     set_key(config, "eos_token", {"content": "<|im_end|>"})
     edit_json(checkpoint / "special_tokens_map.json", lambda data: data.pop("bos_token"))
-    assert read_tokenizer(checkpoint, settings).bos == 742
+    assert FAMILY.read_tokenizer(checkpoint, settings).bos == 742
     config.unlink()
-    assert read_tokenizer(checkpoint, settings).bos == 740
+    assert FAMILY.read_tokenizer(checkpoint, settings).bos == 740
     (checkpoint / "special_tokens_map.json").unlink()
     refused(checkpoint, TOKENIZER, "names a bos_token")
 
@@ -402,19 +402,19 @@ def test_both_spellings_of_the_splitting_rule_are_read(checkpoint: Path) -> None
     )
     assert regex != rule["pattern"]["Regex"]
     set_key(path, f"{SPLIT}.pattern.Regex", regex)
-    read_tokenizer(checkpoint, read_settings(checkpoint))
+    FAMILY.read_tokenizer(checkpoint, read_settings(checkpoint))
 
 
 def test_the_normalizer_may_be_absent(checkpoint: Path) -> None:
     settings = read_settings(checkpoint)
-    assert read_tokenizer(checkpoint, settings).normalizer == "NFC"
+    assert FAMILY.read_tokenizer(checkpoint, settings).normalizer == "NFC"
     set_key(checkpoint / TOKENIZER, "normalizer", None)
-    assert read_tokenizer(checkpoint, settings).normalizer is None
+    assert FAMILY.read_tokenizer(checkpoint, settings).normalizer is None
 
 
 def test_merges_may_be_written_as_text(checkpoint: Path) -> None:
     settings = read_settings(checkpoint)
-    merges = read_tokenizer(checkpoint, settings).merges
+    merges = FAMILY.read_tokenizer(checkpoint, settings).merges
     assert len(merges) == 484
     set_key(checkpoint / TOKENIZER, "model.merges", list(merges))
-    assert read_tokenizer(checkpoint, settings).merges == merges
+    assert FAMILY.read_tokenizer(checkpoint, settings).merges == merges

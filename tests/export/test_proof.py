@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from edge_vlm_export import export_checkpoint
-from edge_vlm_export.checkpoint.tensors import Checkpoint
 from edge_vlm_export.decoder.imatrix import collect
 from edge_vlm_export.decoder.quantizer import quantize_decoder, save_imatrix
-from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.decoder.reference import Reference
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.proof.fidelity import compare, distance
 from edge_vlm_export.proof.logits import Run
 from edge_vlm_export.proof.prompts import Prompt, PromptMaker
@@ -48,7 +47,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def reference(name: str = TINY) -> Reference:
     folder = GOLDEN / name / "checkpoint"
-    return Reference(Checkpoint.open(folder), read_settings(folder))
+    return Reference(Model(folder))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     """Two conversations about pictures."""
     folder = tmp_path_factory.mktemp("prompts") / "bundle"
     export(CHECKPOINT, folder, decoder="f32")
-    template = read_settings(CHECKPOINT).chat_template
+    template = Model(CHECKPOINT).settings.chat_template
     with PromptMaker(Bundle.open(folder), folder / "decoder.gguf", template, 1) as maker:
         return [maker.make(sample) for sample in builtin_samples(1)[:2]]
 
@@ -77,7 +76,7 @@ def test_the_reference_gives_the_published_scores(
 def test_a_full_precision_decoder_equals_the_checkpoint(
     prompts: list[Prompt], bundle: Callable[..., Path]
 ) -> None:
-    found = compare(bundle(TINY) / "decoder.gguf", CHECKPOINT, prompts, threads=1)
+    found = compare(bundle(TINY) / "decoder.gguf", Model(CHECKPOINT), prompts, threads=1)
     assert len(found.divergence) == sum(int((p.targets >= 0).sum()) for p in prompts) > 100
     assert found.divergence.max() < 1e-4
     assert found.same_top.mean() > 0.97
@@ -97,7 +96,7 @@ def test_a_tensor_in_the_wrong_place_is_noticed(
     )
     up[:], gate[:] = gate.copy(), up.copy()
     del reader
-    assert compare(path, CHECKPOINT, prompts, threads=1).divergence.mean() > 0.05
+    assert compare(path, Model(CHECKPOINT), prompts, threads=1).divergence.mean() > 0.05
 
 
 def test_distance_is_kullback_and_leibler_s() -> None:

@@ -190,10 +190,10 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     """Also when the parent has no time to end it."""
     code = (
         "import sys\n"
-        "from edge_vlm_export import worker\n"
+        "from edge_vlm_export.steps import apart as worker\n"
         "worker._START = 'import sys, os; sys.path[:] = sys.argv.pop().splitlines();"
         ' print(os.getpid(), file=open(sys.argv.pop(), "w"), flush=True);'
-        " from edge_vlm_export import worker; import time;"
+        " from edge_vlm_export.steps import apart as worker; import time;"
         " worker.import_module = lambda name: time.sleep(60); worker.main()'\n"
         "popen = worker.subprocess.Popen\n"
         "worker.subprocess.Popen = lambda args, **rest: popen([*args[:3], sys.argv[1], args[3]],"

@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 from edge_vlm_export import export_checkpoint
 from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.checkpoint.tokenizer import read_tokenizer
 from edge_vlm_export.cli.tools import group
 from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.layout import check_tensors
+from edge_vlm_export.families.jina_vlm.family import FAMILY
+from edge_vlm_export.families.model import Description, Model
 from edge_vlm_export.synthetic import checkpoint as module
 from edge_vlm_export.synthetic.bundle import cached_synthetic_bundle, synthetic_bundle
-from edge_vlm_export.synthetic.checkpoint import config_folder, synthesize, tensor_shapes
+from edge_vlm_export.synthetic.checkpoint import config_folder, synthesize
 from edge_vlm_export.synthetic.tokenizer import TEXT_TOKENS, tokenizer_files
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -43,7 +43,7 @@ def test_the_released_config_has_the_released_sizes() -> None:
     assert (vision.n_layers, vision.hidden_size, vision.ffn_size) == (27, 1152, 4304)
     assert vision.used_states == (24, 18)
     assert settings.stop_ids == (151643, 151645)
-    shapes = tensor_shapes(settings)
+    shapes = Description(config_folder("jina-vlm")).shapes()
     assert shapes["model.vision_model.layers.26.attn.qkv_w.weight"] == (3456, 1152)
     assert shapes["model.vision_model.vl_connector.projector.up.weight"] == (12288, 1152)
     assert shapes["model.language_model.layers.27.ffn.up.weight"] == (12288, 2048)
@@ -100,7 +100,7 @@ def test_fewer_layers(tmp_path: Path) -> None:
     out = synthesize("demo", tmp_path / "small", layers=1, vision_layers=3)
     settings = read_settings(out)
     assert (settings.text.n_layers, settings.vision.n_layers) == (1, 3)
-    check_tensors(Checkpoint.open(out), settings)
+    Model(out)
     with pytest.raises(CheckpointError, match="vit_layers"):
         synthesize("demo", tmp_path / "none", vision_layers=1)
     assert {path.name for path in tmp_path.iterdir()} == {"small"}
@@ -112,8 +112,7 @@ def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    tensors = Checkpoint.open(out)
-    check_tensors(tensors, read_settings(out))
+    tensors = Model(out).tensors
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(2 * t.n_values for t in tensors.tensors.values())
 
@@ -123,7 +122,7 @@ def test_the_synthetic_vocabulary_has_the_released_ids(tmp_path: Path) -> None:
     shutil.copytree(config_folder("jina-vlm"), folder)
     for name, content in tokenizer_files(151936, 151643).items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
-    tokenizer = read_tokenizer(folder, read_settings(folder))
+    tokenizer = FAMILY.read_tokenizer(folder, read_settings(folder))
     assert len(tokenizer.tokens) == 152064
     assert len(tokenizer.merges) == 151643 - 256
     assert tokenizer.bos == 151643
@@ -189,7 +188,7 @@ def test_without_a_tokenizer_one_is_made_up(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     set_key(folder / "generation_config.json", "bos_token_id", 700)
     out = synthesize(folder, tmp_path / "random")
-    tokenizer = read_tokenizer(out, read_settings(out))
+    tokenizer = FAMILY.read_tokenizer(out, read_settings(out))
     assert tokenizer.bos == 700
     assert tokenizer.special["<im_start>"] == 768
 

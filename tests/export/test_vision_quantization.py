@@ -14,16 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 from edge_vlm_export import export_checkpoint
-from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.checkpoint.tokenizer import read_tokenizer
-from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.precision import Range, Recipe
 from edge_vlm_export.samples.tiles import CalibrationTiles, calibration_tiles, cut_pictures
 from edge_vlm_export.vision.budget import Loss, fit, loss
 from edge_vlm_export.vision.quantization import VisionReport, calibrate, write_vision_quantized
 from edge_vlm_export.vision.smoothing import Inputs, clipped_range, input_range, round_to
-from edge_vlm_export.vision.stages import Tower
+from edge_vlm_export.vision.stages import StagedTower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -51,15 +49,14 @@ class Source:
     """A checkpoint, opened, and its tiles."""
 
     def __init__(self, folder: Path, n_tiles: int) -> None:
-        self.settings: Settings = read_settings(folder)
-        self.checkpoint = Checkpoint.open(folder)
-        self.special = read_tokenizer(folder, self.settings).special
-        self.tower = Tower(self.checkpoint, self.settings)
-        self.tiles = calibration_tiles("builtin", self.settings.image_processor, n_tiles)
+        self.model = Model(folder)
+        self.settings = self.model.settings
+        self.tower = StagedTower(self.model)
+        self.tiles = calibration_tiles("builtin", self.model, n_tiles)
 
     def write(self, path: Path, **options: Any) -> VisionReport:
         options = {"calibration": self.tiles} | options
-        return write_vision_quantized(self.checkpoint, self.settings, self.special, path, **options)
+        return write_vision_quantized(self.model, path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def embeddings(model: Path | bytes, tiles: CalibrationTiles) -> Floats:
     session = onnxruntime.InferenceSession(
         model if isinstance(model, bytes) else str(model), providers=["CPUExecutionProvider"]
     )
-    feed = {"crops": tiles.crops, "is_last": tiles.is_last}
+    feed = tiles.feed
     found: Floats = session.run(["embeddings"], feed)[0]
     return found
 
@@ -117,7 +114,7 @@ def test_the_report_tells_what_the_file_does(
         [
             session.run(
                 ["image_features"],
-                {"crops": tiny.tiles.crops[i : i + 1], "is_last": tiny.tiles.is_last[i : i + 1]},
+                {name: values[i : i + 1] for name, values in tiny.tiles.feed.items()},
             )[0]
             for i in range(len(tiny.tiles))
         ]
@@ -407,25 +404,23 @@ def test_tiles_take_turns_among_pictures_and_skip_black_ones(tiny: Source) -> No
     side = images.base_input_size[0] * 2
     grey = [np.full((side, side, 3), level, np.uint8) for level in (255, 128)]
     black = np.zeros((side, side, 3), np.uint8)
-    tiles = cut_pictures([black, *grey], images, 4)
+    tiles = cut_pictures([black, *grey], tiny.model, 4)
     assert [round(float(crop.mean())) for crop in tiles.crops] == [1, 0, 1, 0]
     with pytest.raises(InputError, match="black"):
-        cut_pictures([black], images, 4)
+        cut_pictures([black], tiny.model, 4)
 
 
 def test_tiles_come_from_a_folder(tiny: Source, tmp_path: Path) -> None:
-    images = tiny.settings.image_processor
     with pytest.raises(InputError, match="no such folder"):
-        calibration_tiles(tmp_path / "absent", images, 4)
+        calibration_tiles(tmp_path / "absent", tiny.model, 4)
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(InputError, match="no pictures"):
-        calibration_tiles(tmp_path, images, 4)
+        calibration_tiles(tmp_path, tiny.model, 4)
     Image.new("RGB", (200, 100), "white").save(tmp_path / "white.png")
-    assert (calibration_tiles(tmp_path, images, 1).crops == 1).all()
+    assert (calibration_tiles(tmp_path, tiny.model, 1).crops == 1).all()
 
 
 def test_drawn_tiles_are_always_the_same(tiny: Source) -> None:
-    images = tiny.settings.image_processor
-    again = calibration_tiles("builtin", images, 3)
+    again = calibration_tiles("builtin", tiny.model, 3)
     assert np.array_equal(again.crops, tiny.tiles.crops)
     assert all(crop.std() > 0.1 for crop in again.crops)

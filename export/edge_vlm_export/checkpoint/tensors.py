@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ BLOCK_VALUES = 1 << 24  # values converted at a time: 64 MiB of float32
 
 Float32 = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
+Rename = Callable[[str], "str | None"]
 
 _STORED: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -85,11 +86,68 @@ class Tensor:
             )
         return np.asarray(values)
 
-    def blocks(self) -> Iterator[tuple[int, Float32]]:
-        """All values in order, as (first row, rows), in pieces of bounded size."""
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Float32]]:
+        """All rows or those from ``start`` to ``stop``, as (first row, rows), bounded in size."""
+        stop = self.shape[0] if stop is None else stop
         step = max(1, BLOCK_VALUES // max(1, math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], step):
-            yield start, self.rows(start, min(start + step, self.shape[0]))
+        for first in range(start, stop, step):
+            yield first, self.rows(first, min(first + step, stop))
+
+
+@dataclass(frozen=True)
+class Values:
+    """Float32 values that are read when asked for: of a tensor, of some rows of it, or of several.
+
+    ``blocks`` yields them along the first axis, in order and in pieces of bounded size.
+    """
+
+    shape: Shape
+    blocks: Callable[[], Iterator[Float32]]
+
+    def read(self) -> Float32:
+        """All values, of shape ``self.shape``."""
+        out = np.empty(self.shape, np.float32)
+        start = 0
+        for block in self.blocks():
+            out[start : start + len(block)] = block
+            start += len(block)
+        assert start == self.shape[0]  # noqa: S101
+        return out
+
+    def flat(self) -> Values:
+        """One row for each along the first axis, as a convolution over patches is a product."""
+        shape = (self.shape[0], math.prod(self.shape[1:]))
+        return Values(shape, lambda: (block.reshape(-1, shape[1]) for block in self.blocks()))
+
+    def scaled(self, factors: Values) -> Values:
+        """Each row multiplied with one of ``factors`` (rows,), as a LayerScale does."""
+
+        def blocks() -> Iterator[Float32]:
+            values = self.read()
+            values *= factors.read().reshape(-1, *[1] * (len(self.shape) - 1))
+            yield values
+
+        return Values(self.shape, blocks)
+
+    def interleaved(self, n_heads: int) -> Values:
+        """Rows of each head in the order that rotates neighbours and not halves, as llama.cpp does.
+
+        (heads, 2, half) becomes (heads, half, 2).
+        """
+
+        def blocks() -> Iterator[Float32]:
+            halves = self.read().reshape(n_heads, 2, -1, *self.shape[1:])
+            yield np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(self.shape)
+
+        return Values(self.shape, blocks)
+
+
+def stacked(*parts: Values) -> Values:
+    """The rows of several, one after the other."""
+    rows = sum(part.shape[0] for part in parts)
+    return Values(
+        (rows, *parts[0].shape[1:]), lambda: (block for part in parts for block in part.blocks())
+    )
 
 
 class Checkpoint:
@@ -100,24 +158,46 @@ class Checkpoint:
         self.where = where  # the weights file, or the index of several
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, rename: Rename = lambda name: name) -> Checkpoint:
         """Read the headers of ``model.safetensors``, or of all files its index names.
 
+        Args:
+            folder: the checkpoint's.
+            rename: gives a stored tensor the name it goes by here; None leaves it out.
+
         Raises:
-            CheckpointError: a file is missing, cut off or malformed, or the index is.
+            CheckpointError: a file is missing, cut off or malformed, or the index is, or two
+                tensors go by one name.
         """
-        single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
-        if single.exists():
-            return cls(_read_header(single), single)
-        if not index.exists():
+        where, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+        if where.exists():
+            stored = _read_header(where)
+        elif index.exists():
+            stored, where = _read_shards(index), index
+        else:
             raise CheckpointError(f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-        return cls(_read_shards(index), index)
+        tensors: dict[str, Tensor] = {}
+        for tensor in stored.values():
+            name = rename(tensor.name)
+            if name in tensors:
+                names = f"{shorten(tensors[name].name)} and {shorten(tensor.name)}"
+                raise CheckpointError(f"{where}: tensors {names} are one and the same")
+            if name is not None:
+                tensors[name] = tensor
+        return cls(tensors, where)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> Values:
+        """Rows ``start`` to ``stop`` of a tensor, by default all."""
+        tensor = self.tensors[name]
+        stop = tensor.shape[0] if stop is None else stop
+        shape = (stop - start, *tensor.shape[1:])
+        return Values(shape, lambda: (block for _, block in tensor.blocks(start, stop)))
 
     def check(self, required: Mapping[str, Shape], optional: Mapping[str, Shape]) -> None:
         """Compare names and shapes with those the config asks for.
@@ -133,12 +213,12 @@ class Checkpoint:
             expected = required.get(name) or optional.get(name)
             if expected is None:
                 raise CheckpointError(
-                    f"{tensor.path}: tensor {shorten(name)} of shape {list(tensor.shape)} is not"
-                    " part of the model that config.json describes"
+                    f"{tensor.path}: tensor {shorten(tensor.name)} of shape {list(tensor.shape)} is"
+                    " not part of the model that config.json describes"
                 )
             if tensor.shape != expected:
                 raise CheckpointError(
-                    f"{tensor.path}: tensor {name} has shape {list(tensor.shape)},"
+                    f"{tensor.path}: tensor {shorten(tensor.name)} has shape {list(tensor.shape)},"
                     f" config.json asks for {list(expected)}"
                 )
 

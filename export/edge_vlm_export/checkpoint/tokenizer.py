@@ -1,14 +1,14 @@
-"""The checkpoint's tokenizer, checked to be the kind that llama.cpp's ``qwen2`` reproduces.
+"""A checkpoint's tokenizer, checked to be of a kind that llama.cpp reproduces.
 
-That is a byte-level BPE with the splitting rule of Qwen2 (https://arxiv.org/abs/2407.10671), after
-Unicode NFC or no normalization. Any other rule would give other tokens for the same text without a
-word of warning, so it is refused.
+Any other rule would give other tokens for the same text without a word of warning, so it is
+refused. A byte-level BPE has the splitting rule of Qwen2 (https://arxiv.org/abs/2407.10671), after
+Unicode NFC or no normalization.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm_export.checkpoint.json_file import Section, is_text, read_json, shorten
-from edge_vlm_export.families.jina_vlm.config import IMAGE_PROMPT_TOKEN, MAX_VOCABULARY, Settings
 
 TOKENIZER_NAME = "tokenizer.json"
+NAMES = ("tokenizer_config.json", "special_tokens_map.json")  # name the roles of tokens
 MAX_TOKENIZER_BYTES = 32 << 20  # Qwen's has 11 MB
 MAX_TOKEN_LENGTH = 1 << 12
+MAX_VOCABULARY = 1 << 24
 
 # The rule as Qwen publishes it, and with its case-insensitive part spelled out.
 SPLITS = tuple(
@@ -48,24 +49,39 @@ class TokenType(IntEnum):
 class Tokenizer:
     """Vocabulary and merges, as they go into the GGUF."""
 
+    path: Path
     tokens: tuple[str, ...]  # one text for each row of the token table
     types: tuple[TokenType, ...]
     merges: tuple[str, ...]  # "left right", best first
     special: dict[str, int]
     normalizer: Literal["NFC"] | None
-    bos: int
+    bos: int | None = None  # in front of every prompt
+    model: str = "gpt2"  # the kind, by llama.cpp's name
+    pre: str = "qwen2"  # the splitting rule, likewise
+    scores: tuple[float, ...] = ()  # of a SentencePiece vocabulary
+
+    def id_of(self, text: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            CheckpointError: there is none of that text.
+        """
+        if text not in self.special:
+            raise CheckpointError(f"{self.path}: added_tokens has no special token {text}")
+        return self.special[text]
 
 
-def read_tokenizer(folder: Path, settings: Settings) -> Tokenizer:
-    """Read ``tokenizer.json`` and the first token's name from the files beside it.
+def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
+    """Read the byte-level BPE in ``tokenizer.json`` for a token table of ``n_ids`` rows.
+
+    Rows without a token get unused ones. ``bos`` is left to the family.
 
     Raises:
-        CheckpointError: malformed, of another kind, or without a token that the model needs.
+        CheckpointError: malformed, or of another kind.
     """
     data = read_json(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
     model = data.section("model")
     _check_kind(data, model)
-    n_ids = settings.text.n_ids
     texts = _vocabulary(model, n_ids)
     types = dict.fromkeys(texts, TokenType.NORMAL)
     special: dict[str, int] = {}
@@ -85,14 +101,13 @@ def read_tokenizer(folder: Path, settings: Settings) -> Tokenizer:
     if len(set(tokens)) != n_ids:
         twice = Counter(tokens).most_common(1)[0][0]
         raise CheckpointError(f"{data.path}: token {shorten(twice)} has two ids")
-    _check_image_tokens(data, settings.preprocessor, special)
     return Tokenizer(
+        path=data.path,
         tokens=tokens,
         types=tuple(types[token] for token in range(n_ids)),
         merges=_merges(model, tokens),
         special=special,
         normalizer=_normalizer(data),
-        bos=_first_token(folder, data, special),
     )
 
 
@@ -198,38 +213,24 @@ def _check_text(text: str, section: Section) -> None:
         raise CheckpointError(f"{section.path}: token {shorten(text)} is no valid text")
 
 
-def _check_image_tokens(data: Section, preprocessor: Section, special: dict[str, int]) -> None:
-    keys = {
-        "<im_start>": "start_token_id",
-        "<im_end>": "end_token_id",
-        "<im_patch>": "patch_token_id",
-        "<im_col>": "column_token_id",
-        IMAGE_PROMPT_TOKEN: None,
-    }
-    for text, key in keys.items():
-        if text not in special:
-            raise CheckpointError(f"{data.path}: added_tokens has no special token {text}")
-        if key is not None:
-            preprocessor.agrees(key, special[text], f"the id of {text} in {TOKENIZER_NAME}")
+def named_token(folder: Path, special: Mapping[str, int], *roles: str) -> int | None:
+    """Id of the first of ``roles`` (bos_token, eos_token) that the files beside the tokenizer name.
 
-
-def _first_token(folder: Path, data: Section, special: dict[str, int]) -> int:
-    """Id of the bos token or, when the tokenizer has none, of the eos token."""
-    names = ("tokenizer_config.json", "special_tokens_map.json")
-    sections = [read_json(folder / name) for name in names if (folder / name).exists()]
-    for key in ("bos_token", "eos_token"):
+    Raises:
+        CheckpointError: it is no special token.
+    """
+    sections = [read_json(folder / name) for name in NAMES if (folder / name).exists()]
+    for role in roles:
         for section in sections:
-            value: Any = section.data.get(key)
+            value: Any = section.data.get(role)
             if isinstance(value, dict):
                 value = value.get("content")
             if value is None:
                 continue
             if not isinstance(value, str) or value not in special:
-                raise section.error(key, f"which is no special token of {TOKENIZER_NAME}")
+                raise section.error(role, f"which is no special token of {TOKENIZER_NAME}")
             return special[value]
-    raise CheckpointError(
-        f"{data.path}: neither {' nor '.join(names)} names a bos_token or an eos_token"
-    )
+    return None
 
 
 def byte_alphabet() -> list[str]:

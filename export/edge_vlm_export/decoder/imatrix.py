@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.proof.prompts import Prompt
 
 Float32 = npt.NDArray[np.float32]

@@ -11,9 +11,13 @@ from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
 from edge_vlm.bundle.report import MAX_DIVERGENCE, Calibration, DecoderFile, DecoderReport
 from edge_vlm.errors import InputError
 from edge_vlm.machine.settings import MachineSettings
-from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.checkpoint.tokenizer import Tokenizer
 from edge_vlm_export.decoder import imatrix
+from edge_vlm_export.decoder.gguf_file import (
+    UNQUANTIZED,
+    exact_precision,
+    plan_decoder,
+    write_decoder,
+)
 from edge_vlm_export.decoder.quantizer import (
     MIXTURES,
     TENSOR_TYPES,
@@ -23,14 +27,8 @@ from edge_vlm_export.decoder.quantizer import (
     quantized_bytes,
     save_imatrix,
 )
-from edge_vlm_export.families.jina_vlm.config import Settings
-from edge_vlm_export.families.jina_vlm.gguf_file import (
-    UNQUANTIZED,
-    exact_precision,
-    plan_decoder,
-    write_decoder,
-)
-from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.decoder.reference import Reference
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.proof.prompts import Prompt, PromptMaker
 from edge_vlm_export.proof.report import (
     decoder_file,
@@ -91,27 +89,17 @@ class DecoderExport:
         InputError: the choice does not fit the model, or the calibration folder cannot be used.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        settings: Settings,
-        tokenizer: Tokenizer,
-        *,
-        tied: bool,
-        choice: DecoderChoice,
-    ) -> None:
-        self._folder, self._checkpoint = folder, checkpoint
-        self._settings, self._tokenizer, self._choice = settings, tokenizer, choice
+    def __init__(self, model: Model, choice: DecoderChoice) -> None:
+        self._model, self._choice = model, choice
         self._samples = None if choice.calibrate is None else read_samples(choice.calibrate)
         self._measure = choice.quantized if choice.measure is None else choice.measure
-        self._precision = exact_precision(checkpoint) if choice.quantized else choice.kind
-        self._outputs = plan_decoder(checkpoint, settings, tied=tied, precision=self._precision)
-        width = settings.text.hidden_size
-        self._head, self._embedding = head_types(tied, width, choice.head, choice.embedding)
+        self._precision = exact_precision(model) if choice.quantized else choice.kind
+        self._outputs = plan_decoder(model, self._precision)
+        width = model.text.hidden_size
+        self._head, self._embedding = head_types(model.tied, width, choice.head, choice.embedding)
         self.n_bytes = sum(output.n_bytes for output in self._outputs)
         n_values = sum(math.prod(output.shape) for output in self._outputs)
-        n_table = (1 if tied else 2) * settings.text.n_ids * width
+        n_table = (1 if model.tied else 2) * model.text.n_ids * width
         self._n_quantized = (
             quantized_bytes(choice.kind, n_values, n_table) if choice.quantized else 0
         )
@@ -149,9 +137,8 @@ class DecoderExport:
         path = folder / DECODER_NAME
         write_decoder(
             path,
+            self._model,
             self._outputs,
-            self._settings,
-            self._tokenizer,
             precision=self._precision,
             name=name,
             written=Stage("decoder", self.n_bytes, progress),
@@ -188,7 +175,7 @@ class DecoderExport:
         if self._measure:
             report = decoder_report(
                 path,
-                self._folder,
+                self._model,
                 measuring,
                 source=source_name(self._choice.calibrate),
                 max_divergence=self._choice.max_divergence,
@@ -204,7 +191,7 @@ class DecoderExport:
         if self._samples is None and not self._measure:
             return [], []
         stage = Stage("examples", 0, progress)
-        template = self._settings.chat_template
+        template = self._model.settings.chat_template
         calibrating: list[Prompt] = []
         with PromptMaker(bundle(), gguf, template, self._threads) as maker:
             for sample in split(self._samples)[0] if self._samples else ():
@@ -226,8 +213,8 @@ class DecoderExport:
     def _collect(self, path: Path, prompts: list[Prompt], progress: Progress | None) -> Path | None:
         if not prompts:
             return None
-        reference = Reference(self._checkpoint, self._settings)
-        stage = Stage("importance", self._settings.text.n_layers, progress)
+        reference = Reference(self._model)
+        stage = Stage("importance", self._model.text.n_layers, progress)
         save_imatrix(path, imatrix.collect(reference, prompts, stage.reach))
         return path
 

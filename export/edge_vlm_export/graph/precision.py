@@ -1,9 +1,4 @@
-"""How each matrix product of the vision part is stored and computed.
-
-The products are named after their weights: ``patch_embed.proj``, ``layers.N.attn.qkv_w``,
-``layers.N.attn.out``, ``layers.N.ffn.up``, ``layers.N.ffn.down``, ``vl_connector.pooling.q_w``,
-``.kv_w`` and ``.out``, ``vl_connector.projector.up`` and ``.down``.
-"""
+"""How each matrix product of a vision graph is stored and computed."""
 
 from __future__ import annotations
 
@@ -12,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.jina_vlm.layout import VISION
+from edge_vlm_export.checkpoint.tensors import Float32
 
 PRECISIONS = ("int8", "int8-static", "int4", "fp16", "fp32")
 TARGETS = ("cpu", "portable")
@@ -21,7 +15,6 @@ WEIGHTS_ONLY_INT8 = "int8-weights"
 # What a product that loses too much is stored as instead.
 HIGHER = {"int8": "fp16", "int8-static": "fp16", "int4": WEIGHTS_ONLY_INT8}
 QUANTIZED = tuple(HIGHER)
-CONNECTOR_INPUT = "vl_connector"  # the features, when channels of them are moved
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,8 @@ class Recipe:
         """The same with other products in a precision of their own."""
         return replace(self, kept=dict(kept))
 
-    def matrix(self, checkpoint: Checkpoint, product: str) -> Float32:
-        """A product's weight (out, in), channels moved."""
-        weight = checkpoint[f"{VISION}{product}.weight"].read()
+    def matrix(self, product: str, weight: Float32) -> Float32:
+        """A product's weight (out, in), which may be changed, with its channels moved."""
         if product in self.columns:
             weight *= self.columns[product]
         if product in self.rows:

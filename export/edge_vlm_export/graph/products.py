@@ -7,7 +7,7 @@ onnxruntime has fast kernels on x86 and ARM alike; int8 against int8 is slower t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.jina_vlm.layout import VISION
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.onnx_graph import CONTRIB, Graph
 from edge_vlm_export.graph.precision import WEIGHTS_ONLY_INT8, Recipe
+from edge_vlm_export.graph.tower import Linear
 
 INT4_BLOCK = 32
 INT8_BLOCK = 128  # for weights alone; larger blocks are not faster
@@ -31,23 +31,26 @@ Array = npt.NDArray[Any]
 class Products:
     """Adds products to a graph: x @ weight.T + bias, with the checkpoint's weights."""
 
-    def __init__(self, graph: Graph, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    def __init__(
+        self, graph: Graph, linears: Mapping[str, Linear], tensors: Checkpoint, recipe: Recipe
+    ) -> None:
         self.graph = graph
-        self.checkpoint = checkpoint
+        self.linears = linears
+        self.tensors = tensors
         self.recipe = recipe
         self.inputs: dict[str, str] = {}  # product -> the value it reads
         self._latest: tuple[str, Any] = ("", None)
 
-    def __call__(self, name: str, x: str, biases: Sequence[str] = ()) -> str:
-        """Add the product ``name``; the checkpoint may store its bias in several parts."""
+    def __call__(self, name: str, x: str) -> str:
+        """Add the product ``name``."""
         self.inputs[name] = x
         precision, portable = self.recipe.of(name), self.recipe.target == "portable"
         if precision == "int8":
-            return (self._dynamic_standard if portable else self._dynamic)(name, x, biases)
+            return (self._dynamic_standard if portable else self._dynamic)(name, x)
         if precision == "int8-static":
-            return (self._static_standard if portable else self._static)(name, x, biases)
+            return (self._static_standard if portable else self._static)(name, x)
         if precision in ("int4", WEIGHTS_ONLY_INT8) and not portable:
-            return self._blocks(name, x, biases, bits=4 if precision == "int4" else 8)
+            return self._blocks(name, x, bits=4 if precision == "int4" else 8)
         if precision == "int4" and (block := _standard_block(self._shape(name)[1])):
             weight = self._int4_standard(name, block)
         elif precision in ("int4", WEIGHTS_ONLY_INT8):
@@ -57,37 +60,37 @@ class Products:
             store = self.graph.half_weight if precision == "fp16" else self.graph.weight
             weight = store(f"{name}.weight_t", (in_size, out_size), lambda: self._matrix(name).T)
         product = self.graph.op("MatMul", f"{name}.product", x, weight)
-        return self._add_bias(name, product, biases)
+        return self._add_bias(name, product)
 
-    def parts(self, name: str, x: str, biases: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    def parts(self, name: str, x: str, outputs: Sequence[str]) -> list[str]:
         """The product cut into equal parts along the last axis.
 
         Integer products on the CPU are cut in their weights: the input is rounded once, and no
         float32 value is copied.
         """
         if self.recipe.target == "portable" or self.recipe.of(name) not in ("int8", "int8-static"):
-            return self.graph.split(self(name, x, biases), outputs)
+            return self.graph.split(self(name, x), outputs)
         self.inputs[name] = x
         quantized = self._quantized_input(name, x)
         n_parts = len(outputs)
         return [
-            self._integer_product(name, quantized, biases, output, (index, n_parts))
+            self._integer_product(name, quantized, output, (index, n_parts))
             for index, output in enumerate(outputs)
         ]
 
-    def _dynamic(self, name: str, x: str, biases: Sequence[str]) -> str:
+    def _dynamic(self, name: str, x: str) -> str:
         """The input's range is taken anew in each run, one scale for all of it."""
-        bias = ["", self._bias(name, biases)] if biases else []
+        bias = self._bias(name)
         return self.graph.op(
             "DynamicQuantizeMatMul",
             f"{name}.product",
-            *(x, *self._int8(name), *bias),
+            *(x, *self._int8(name), *_behind(1, bias)),
             domain=CONTRIB,
         )
 
-    def _static(self, name: str, x: str, biases: Sequence[str]) -> str:
+    def _static(self, name: str, x: str) -> str:
         quantized = self._quantized_input(name, x)
-        return self._integer_product(name, quantized, biases, f"{name}.product")
+        return self._integer_product(name, quantized, f"{name}.product")
 
     def _quantized_input(self, name: str, x: str) -> tuple[str, str, str]:
         """The input as uint8, its scale and its zero point."""
@@ -104,36 +107,35 @@ class Products:
         self,
         name: str,
         x: tuple[str, str, str],
-        biases: Sequence[str],
         output: str,
         part: tuple[int, int] = (0, 1),
     ) -> str:
         quantized, x_scale, x_zero = x
         weight, scale = self._int8(name, part)
-        bias = ["", self._bias(name, biases, part)] if biases else []
+        bias = self._bias(name, part)
         return self.graph.op(
             "MatMulIntegerToFloat",
             output,
-            *(quantized, weight, x_scale, scale, x_zero, *bias),
+            *(quantized, weight, x_scale, scale, x_zero, *_behind(1, bias)),
             domain=CONTRIB,
         )
 
-    def _dynamic_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
+    def _dynamic_standard(self, name: str, x: str) -> str:
         g = self.graph
         weight, scale = self._int8(name)
         quantized, x_scale, x_zero = self._quantized_input(name, x)
         total = g.op("MatMulInteger", f"{name}.integers", quantized, weight, x_zero)
         total = g.op("Cast", f"{name}.floats", total, to=TensorProto.FLOAT)
         scale = g.op("Mul", f"{name}.scales", x_scale, scale)
-        return self._add_bias(name, g.op("Mul", f"{name}.product", total, scale), biases)
+        return self._add_bias(name, g.op("Mul", f"{name}.product", total, scale))
 
-    def _static_standard(self, name: str, x: str, biases: Sequence[str]) -> str:
+    def _static_standard(self, name: str, x: str) -> str:
         g = self.graph
         scales = self._input_scale(name, *self.recipe.ranges[name].signed())
         x = g.op("QuantizeLinear", f"{name}.x", x, *scales)
         x = g.op("DequantizeLinear", f"{name}.x.dequantized", x, *scales)
         product = g.op("MatMul", f"{name}.product", x, self._int8_standard(name))
-        return self._add_bias(name, product, biases)
+        return self._add_bias(name, product)
 
     def _int8_standard(self, name: str) -> str:
         return self.graph.op("DequantizeLinear", f"{name}.weight", *self._int8(name), axis=1)
@@ -155,7 +157,7 @@ class Products:
             block_size=block,
         )
 
-    def _blocks(self, name: str, x: str, biases: Sequence[str], bits: int) -> str:
+    def _blocks(self, name: str, x: str, bits: int) -> str:
         """Weights in blocks with a scale each; the arithmetic is that of the activations."""
         g = self.graph
         out_size, in_size = self._shape(name)
@@ -173,11 +175,11 @@ class Products:
             f"{name}.int{bits}", (out_size, n_blocks, block * bits // 8), values, TensorProto.UINT8
         )
         scale = g.weight(f"{name}.scale", (out_size, n_blocks), lambda: make()[1])
-        bias = ["", "", self._bias(name, biases)] if biases else []
+        bias = self._bias(name)
         return g.op(
             "MatMulNBits",
             f"{name}.product",
-            *(x, weight, scale, *bias),
+            *(x, weight, scale, *_behind(2, bias)),
             domain=CONTRIB,
             K=in_size,
             N=out_size,
@@ -229,27 +231,27 @@ class Products:
             self.graph.weight(f"{name}.x_zero", (), lambda: np.asarray(zero), kind),
         )
 
-    def _add_bias(self, name: str, product: str, biases: Sequence[str]) -> str:
-        if not biases:
-            return product
-        return self.graph.op("Add", f"{name}.sum", product, self._bias(name, biases))
+    def _add_bias(self, name: str, product: str) -> str:
+        bias = self._bias(name)
+        return self.graph.op("Add", f"{name}.sum", product, *bias) if bias else product
 
-    def _bias(self, name: str, biases: Sequence[str], part: tuple[int, int] = (0, 1)) -> str:
-        out_size = self._shape(name)[0]
-        rows, label = _rows(out_size, part)
+    def _bias(self, name: str, part: tuple[int, int] = (0, 1)) -> list[str]:
+        """The bias or a part of it; none if the product has none."""
+        linear = self.linears[name]
+        if not linear.biases:
+            return []
+        rows, label = _rows(linear.n_out, part)
 
         def load() -> Float32:
-            stored = [self.checkpoint[f"{VISION}{bias}"].read() for bias in biases]
-            return self.recipe.vector(np.concatenate(stored), name)[rows]
+            return self.recipe.vector(linear.bias(self.tensors), name)[rows]
 
-        return self.graph.weight(f"{name}{label}.bias", (out_size // part[1],), load)
+        return [self.graph.weight(f"{name}{label}.bias", (linear.n_out // part[1],), load)]
 
     def _shape(self, name: str) -> tuple[int, int]:
-        out_size, in_size = self.checkpoint[f"{VISION}{name}.weight"].shape
-        return out_size, in_size
+        return self.linears[name].n_out, self.linears[name].n_in
 
     def _matrix(self, name: str) -> Float32:
-        return self.recipe.matrix(self.checkpoint, name)
+        return self.recipe.matrix(name, self.linears[name].weight(self.tensors))
 
 
 def _rows(out_size: int, part: tuple[int, int]) -> tuple[slice, str]:
@@ -257,6 +259,11 @@ def _rows(out_size: int, part: tuple[int, int]) -> tuple[slice, str]:
     index, n_parts = part
     n_rows = out_size // n_parts
     return slice(index * n_rows, (index + 1) * n_rows), f".{index}" if n_parts > 1 else ""
+
+
+def _behind(n_left_out: int, bias: list[str]) -> list[str]:
+    """A bias as the input behind some that are left out."""
+    return [""] * n_left_out + bias if bias else []
 
 
 def _standard_block(in_size: int) -> int | None:

@@ -8,11 +8,8 @@ from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError
 from edge_vlm.machine.settings import MachineSettings
-from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.checkpoint.tokenizer import read_tokenizer
 from edge_vlm_export.decoder.quantizer import stored_tensors
-from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.layout import check_tensors
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.proof.prompts import PromptMaker
 from edge_vlm_export.proof.report import (
     decoder_file,
@@ -25,7 +22,7 @@ from edge_vlm_export.samples.tiles import calibration_tiles
 from edge_vlm_export.steps.manifest import build_manifest
 from edge_vlm_export.steps.progress import Progress, Stage
 from edge_vlm_export.vision.quantization import CALIBRATION_TILES, QUICK_TILES, measure_file
-from edge_vlm_export.vision.stages import Tower
+from edge_vlm_export.vision.stages import StagedTower
 from edge_vlm_export.vision.write import vision_report
 
 _SAME = ("image_processor", "tokens", "prompt")
@@ -56,35 +53,31 @@ def measure_bundle(
         EdgeVLMError: an engine failed.
     """
     threads = MachineSettings.from_environment().engine_settings().threads
-    settings = read_settings(checkpoint)
-    tensors = Checkpoint.open(checkpoint)
-    tied = check_tensors(tensors, settings)
-    tokenizer = read_tokenizer(checkpoint, settings)
+    model = Model(checkpoint)
     manifest, stored = bundle.manifest, bundle.manifest.report
     expected = build_manifest(
-        settings,
-        tokenizer,
+        model,
         manifest.model,
         manifest.files,
         vision=manifest.vision.precision,
         decoder=manifest.decoder.precision,
-        tied=tied,
         report=None,
     )
+    if manifest.family != model.family.name:
+        raise CheckpointError(f"{checkpoint}: is another model than the bundle's (family)")
     for part in ("decoder", *_SAME):
         if getattr(expected, part) != getattr(manifest, part):
             raise CheckpointError(f"{checkpoint}: is another model than the bundle's ({part})")
 
     tiles = calibration_tiles(
-        samples or BUILTIN, settings.image_processor, CALIBRATION_TILES if samples else QUICK_TILES
+        samples or BUILTIN, model, CALIBRATION_TILES if samples else QUICK_TILES
     )
     vision_files = [name for name in manifest.files if name.startswith(VISION_NAME)]
-    tower = Tower(tensors, settings)
+    tower = StagedTower(model)
     seen = stored.vision if stored else None
     vision = vision_report(
         measure_file(
-            tower,
-            tokenizer.special,
+            model,
             bundle.file(VISION_NAME),
             tiles,
             Stage("compare vision", 0, progress).reach,
@@ -92,19 +85,19 @@ def measure_bundle(
         n_tiles=len(tiles),
         min_cosine=seen.min_cosine if seen else MIN_COSINE,
         n_bytes=sum(manifest.files[name].size for name in vision_files),
-        n_weights=sum(map(tower.n_weights, tower.products)),
+        n_weights=tower.n_weights,
         n_products=len(tower.products),
         kept=seen.kept if seen else (),
     )
     gguf = bundle.file(DECODER_NAME)
     examples = Stage("examples", 0, progress)
-    with PromptMaker(bundle, gguf, settings.chat_template, threads) as maker:
+    with PromptMaker(bundle, gguf, model.settings.chat_template, threads) as maker:
         chosen = read_samples(samples) if samples else None
         prompts = measuring_prompts(chosen, maker, examples.reach)
     limit = stored.decoder.max_divergence if stored and stored.decoder else MAX_DIVERGENCE
     decoder = decoder_report(
         gguf,
-        checkpoint,
+        model,
         prompts,
         source=source_name(samples),
         max_divergence=limit,

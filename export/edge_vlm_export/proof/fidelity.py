@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.decoder.reference import Reference
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.proof.prompts import Prompt
 from edge_vlm_export.steps.apart import run_apart
 
@@ -40,7 +41,7 @@ class Fidelity:
 
 def compare(
     gguf: Path,
-    checkpoint: Path,
+    model: Model,
     prompts: Sequence[Prompt],
     *,
     threads: int,
@@ -50,7 +51,7 @@ def compare(
 
     Args:
         gguf: the file.
-        checkpoint: the folder.
+        model: the checkpoint.
         prompts: what both compute.
         threads: for llama.cpp.
         progress: called with steps done and their total.
@@ -58,12 +59,8 @@ def compare(
     Raises:
         EdgeVLMError: llama.cpp cannot load or run the file.
     """
-    from edge_vlm_export.checkpoint.tensors import Checkpoint
-    from edge_vlm_export.families.jina_vlm.config import read_settings
-
-    settings = read_settings(checkpoint)
-    reference = Reference(Checkpoint.open(checkpoint), settings)
-    n_layers = settings.text.n_layers
+    reference = Reference(model)
+    n_layers = model.text.n_layers
     total = n_layers + len(prompts)
     hidden = reference.run(
         [prompt.inputs(reference) for prompt in prompts],
@@ -82,7 +79,7 @@ def compare(
             "proof.fidelity:compare_here",
             {
                 "gguf": str(gguf),
-                "checkpoint": str(checkpoint.resolve()),
+                "checkpoint": str(model.folder.resolve()),
                 "data": str(data),
                 "n_prompts": len(prompts),
                 "threads": threads,
@@ -110,16 +107,13 @@ def compare_here(
     result: str,
 ) -> None:
     """``compare`` in this process, from files to a file."""
-    from edge_vlm_export.checkpoint.tensors import Checkpoint
-    from edge_vlm_export.families.jina_vlm.config import read_settings
     from edge_vlm_export.proof.logits import Run, loaded
 
-    folder = Path(checkpoint)
-    reference = Reference(Checkpoint.open(folder), read_settings(folder))
+    reference = Reference(Model(Path(checkpoint)))
     parts: list[tuple[float, bool, float, float]] = []
-    with np.load(data) as arrays, loaded(Path(gguf), vocab_only=False) as model:
+    with np.load(data) as arrays, loaded(Path(gguf), vocab_only=False) as llama:
         prompts = [Prompt(arrays[f"ids{i}"], arrays[f"rows{i}"]) for i in range(n_prompts)]
-        run = Run(model, max(len(prompt.ids) for prompt in prompts), threads)
+        run = Run(llama, max(len(prompt.ids) for prompt in prompts), threads)
         try:
             for index, prompt in enumerate(prompts):
                 hidden, targets = arrays[f"hidden{index}"], prompt.targets

@@ -16,7 +16,7 @@ from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
-from edge_vlm_export.families.jina_vlm.reference import Reference
+from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.proof.logits import loaded, tokenize
 from edge_vlm_export.samples.conversations import Sample
 

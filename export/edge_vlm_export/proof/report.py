@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
 from edge_vlm_export.decoder.quantizer import Stored
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.proof.fidelity import compare
 from edge_vlm_export.proof.prompts import Prompt, PromptMaker
 from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_samples, split
@@ -48,7 +49,7 @@ def measuring_prompts(
 
 def decoder_report(
     gguf: Path,
-    checkpoint: Path,
+    model: Model,
     prompts: Sequence[Prompt],
     *,
     source: str,
@@ -61,7 +62,7 @@ def decoder_report(
     Raises:
         EdgeVLMError: llama.cpp cannot load or run it.
     """
-    found = compare(gguf, checkpoint, prompts, threads=threads, progress=progress)
+    found = compare(gguf, model, prompts, threads=threads, progress=progress)
     return DecoderReport(
         source=source,
         n_prompts=len(prompts),

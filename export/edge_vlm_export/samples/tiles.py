@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from edge_vlm.errors import InputError
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
-from edge_vlm.families.jina_vlm.tiling import cut_tiles
+from edge_vlm.families.base import Tiles
 from edge_vlm.pictures.image import load_image
 from edge_vlm_export.checkpoint.tensors import Float32
+from edge_vlm_export.families.model import Description
 
 BUILTIN = "builtin"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -29,18 +30,24 @@ UInt8 = npt.NDArray[np.uint8]
 class CalibrationTiles:
     """Crops of several pictures."""
 
-    crops: Float32  # (n, n_patches, patch_values) in [-1, 1], none of them all black
-    is_last: npt.NDArray[np.bool_]  # (n,), as in the picture each one comes from
+    crops: Float32  # (n, n_patches, patch_values), none of them blank
+    extras: Mapping[str, npt.NDArray[Any]]  # (n,) each, as in the picture each crop comes from
+
+    @property
+    def feed(self) -> dict[str, npt.NDArray[Any]]:
+        """All inputs of the graph."""
+        return {"crops": self.crops, **self.extras}
 
     def first(self, n: int) -> CalibrationTiles:
         """At most ``n`` of them."""
-        return CalibrationTiles(self.crops[:n], self.is_last[:n])
+        extras = {name: values[:n] for name, values in self.extras.items()}
+        return CalibrationTiles(self.crops[:n], extras)
 
     def __len__(self) -> int:
         return len(self.crops)
 
 
-def calibration_tiles(source: str | Path, images: ImageProcessor, limit: int) -> CalibrationTiles:
+def calibration_tiles(source: str | Path, model: Description, limit: int) -> CalibrationTiles:
     """Up to ``limit`` tiles of the pictures in a folder, or of drawn ones (``builtin``).
 
     Pictures take turns, so that few tiles still show many of them: first the thumbnail of each,
@@ -51,40 +58,42 @@ def calibration_tiles(source: str | Path, images: ImageProcessor, limit: int) ->
         ImageError: a picture cannot be read.
     """
     if str(source) == BUILTIN:
-        return cut_pictures(builtin_pictures(), images, limit)
+        return cut_pictures(builtin_pictures(), model, limit)
     folder = Path(source)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of calibration pictures")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError(f"{folder}: has no pictures ({', '.join(SUFFIXES)})")
-    return cut_pictures((load_image(path) for path in paths[:MAX_FILES]), images, limit)
+    return cut_pictures((load_image(path) for path in paths[:MAX_FILES]), model, limit)
 
 
-def cut_pictures(pictures: Iterable[UInt8], images: ImageProcessor, limit: int) -> CalibrationTiles:
-    """Up to ``limit`` tiles of pictures (height, width, 3), taken in turns, black ones left out.
+def cut_pictures(pictures: Iterable[UInt8], model: Description, limit: int) -> CalibrationTiles:
+    """Up to ``limit`` tiles of pictures (height, width, 3), taken in turns, blank ones left out.
 
     Raises:
         InputError: no tile is left.
     """
-    turns: list[list[tuple[Float32, bool]]] = []
+    family, processor = model.family, model.settings.image_processor
+    turns: list[list[tuple[Tiles, int]]] = []
     for picture in pictures:
-        tiles = cut_tiles(picture, images)
-        found = zip(tiles.crops, tiles.is_last.tolist(), strict=True)
-        useful = [(crop, last) for crop, last in found if (crop != -1).any()]
+        tiles = family.runtime.cut(picture, processor)
+        useful = [index for index, crop in enumerate(tiles.crops) if not family.is_blank(crop)]
         # No picture can have more turns than the whole is to have tiles.
-        for turn, tile in enumerate(useful[:limit]):
+        for turn, index in enumerate(useful[:limit]):
             if turn == len(turns):
                 turns.append([])
             if sum(map(len, turns[: turn + 1])) < limit:
-                turns[turn].append(tile)
+                turns[turn].append((tiles, index))
         if turns and len(turns[0]) >= limit:
             break
     chosen = [tile for turn in turns for tile in turn][:limit]
     if not chosen:
         raise InputError("calibration: every tile of the pictures is black")
+    names = family.runtime.extras
     return CalibrationTiles(
-        np.stack([crop for crop, _ in chosen]), np.array([last for _, last in chosen], np.bool_)
+        np.stack([tiles.crops[index] for tiles, index in chosen]),
+        {name: np.stack([tiles.extras[name][index] for tiles, index in chosen]) for name in names},
     )
 
 

@@ -16,10 +16,7 @@ from edge_vlm.bundle.manifest import (
 )
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
-from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.checkpoint.tokenizer import read_tokenizer
-from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.layout import VISION, check_tensors
+from edge_vlm_export.families.model import Description, Model
 from edge_vlm_export.steps.folder import check_space, check_target, size_text, staged
 from edge_vlm_export.steps.manifest import build_manifest, model_identity, record_files, unhashed
 from edge_vlm_export.steps.progress import Progress, Stage
@@ -105,16 +102,10 @@ def export_checkpoint(
     if checkpoint.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: the checkpoint itself lies there")
 
-    settings = read_settings(checkpoint)
-    tensors = Checkpoint.open(checkpoint)
-    tied = check_tensors(tensors, settings)
-    tokenizer = read_tokenizer(checkpoint, settings)
-    identity = model_identity(checkpoint, settings, name)
-
+    model = Model(checkpoint)
+    identity = model_identity(model, name)
     seeing = VisionExport(
-        tensors,
-        settings,
-        tokenizer.special,
+        model,
         precision=vision,
         target=target,
         batch=1 if static_shapes else None,
@@ -122,19 +113,12 @@ def export_checkpoint(
         calibrate=calibrate,
         measure=measure,
     )
-    decoding = DecoderExport(checkpoint, tensors, settings, tokenizer, tied=tied, choice=choice)
+    decoding = DecoderExport(model, choice)
     _announce(seeing.total_bytes + decoding.total_bytes, decoding.scratch_bytes, out.parent, notice)
 
     def manifest(records: dict[str, FileRecord], report: Report | None) -> Manifest:
         return build_manifest(
-            settings,
-            tokenizer,
-            identity,
-            records,
-            vision=vision,
-            decoder=decoder,
-            tied=tied,
-            report=report,
+            model, identity, records, vision=vision, decoder=decoder, report=report
         )
 
     with staged(out, overwrite) as folder:
@@ -174,15 +158,13 @@ def estimated_bytes(folder: Path, vision: str, decoder: str) -> int:
         CheckpointError: a settings file is missing, malformed or not supported.
     """
     from edge_vlm_export.decoder.quantizer import MIXTURES, quantized_bytes
-    from edge_vlm_export.synthetic.checkpoint import tensor_shapes
 
-    settings = read_settings(folder)
-    shapes = tensor_shapes(settings)
-    seen = [math.prod(shape) for name, shape in shapes.items() if name.startswith(VISION)]
-    n_vision, n_values = sum(seen), sum(map(math.prod, shapes.values()))
-    n_text = n_values - n_vision
-    tables = 1 if any(settings.tie_word_embeddings) else 2
-    n_table = tables * settings.text.n_ids * settings.text.hidden_size
+    model = Description(folder)
+    shapes, tower = model.shapes(), model.tower
+    n_vision = sum(math.prod(shapes[name]) for name in (*tower.shapes(), *tower.unused))
+    n_text = sum(map(math.prod, shapes.values())) - n_vision
+    tables = 1 if any(model.settings.tie_word_embeddings) else 2
+    n_table = tables * model.text.n_ids * model.text.hidden_size
     written = {"fp32": 4, "int4": 1}.get(vision, 2) * n_vision
     written += (4 if decoder == "f32" else 2) * n_text
     return written + (quantized_bytes(decoder, n_text, n_table) if decoder in MIXTURES else 0)

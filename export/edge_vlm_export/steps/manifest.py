@@ -18,12 +18,8 @@ from edge_vlm.bundle.manifest import (
 )
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import CheckpointError
-from edge_vlm.families.jina_vlm.family import FAMILY
-from edge_vlm.families.jina_vlm.processor import JinaPrompt, JinaTokens
-from edge_vlm.families.sizes import Decoder, Vision
 from edge_vlm_export.checkpoint.json_file import read_text
-from edge_vlm_export.checkpoint.tokenizer import Tokenizer
-from edge_vlm_export.families.jina_vlm.config import IMAGE_PROMPT_TOKEN, Settings
+from edge_vlm_export.families.model import Model
 
 UNKNOWN_LICENSE = "unknown"
 WRITERS = ("edge-vlm", "gguf", "llama-cpp-python", "numpy", "onnx")
@@ -31,7 +27,7 @@ MAX_README_BYTES = 4 << 20
 HASH_BLOCK = 4 << 20
 
 
-def model_identity(folder: Path, settings: Settings, name: str | None) -> ModelIdentity:
+def model_identity(model: Model, name: str | None) -> ModelIdentity:
     """Name, licence and origin of the model.
 
     The name is the given one, else a hub name found in the path of a hub cache
@@ -42,10 +38,11 @@ def model_identity(folder: Path, settings: Settings, name: str | None) -> ModelI
     Raises:
         CheckpointError: ``README.md`` or the licence file cannot be read as text.
     """
+    folder = model.folder
     cached = re.search(
         r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", folder.absolute().as_posix()
     )
-    origin = f"{cached[1]}/{cached[2]}" if cached else settings.name or folder.resolve().name
+    origin = f"{cached[1]}/{cached[2]}" if cached else model.settings.name or folder.resolve().name
     return ModelIdentity(
         name=name or origin[:200] or "model",
         license=_license(folder)[:200],
@@ -55,61 +52,25 @@ def model_identity(folder: Path, settings: Settings, name: str | None) -> ModelI
 
 
 def build_manifest(
-    settings: Settings,
-    tokenizer: Tokenizer,
+    model: Model,
     identity: ModelIdentity,
     files: dict[str, FileRecord],
     *,
     vision: str,
     decoder: str,
-    tied: bool,
     report: Report | None,
 ) -> Manifest:
     """The manifest of a bundle; ``vision`` and ``decoder`` name the precisions."""
-    text = settings.text
-    return manifest_type(FAMILY)(
+    family, settings, tokenizer = model.family, model.settings, model.tokenizer
+    return manifest_type(family.runtime)(
         format_version=FORMAT_VERSION,
-        family=FAMILY.name,
+        family=family.name,
         model=identity,
         image_processor=settings.image_processor,
-        vision=Vision(
-            precision=vision,
-            n_layers=settings.vision.n_used_layers,
-            hidden_size=settings.vision.hidden_size,
-            output_size=settings.vision.output_size,
-            n_heads=settings.vision.attention.n_heads,
-            ffn_size=settings.vision.ffn_size,
-            feature_size=settings.vision.feature_size,
-            projector_size=settings.vision.projector_size,
-        ),
-        decoder=Decoder(
-            precision=decoder,
-            n_layers=text.n_layers,
-            hidden_size=text.hidden_size,
-            ffn_size=text.ffn_size,
-            n_heads=text.attention.n_heads,
-            n_kv_heads=text.attention.n_kv_heads,
-            head_dim=text.attention.head_dim,
-            vocab_size=text.vocab_size,
-            additional_vocab_size=text.additional_vocab_size,
-            max_sequence_length=text.max_sequence_length,
-            tied_head=tied,
-        ),
-        tokens=JinaTokens(
-            bos=tokenizer.bos,
-            stop=settings.stop_ids,
-            im_start=tokenizer.special["<im_start>"],
-            im_end=tokenizer.special["<im_end>"],
-            im_patch=tokenizer.special["<im_patch>"],
-            im_col=tokenizer.special["<im_col>"],
-            image=tokenizer.special[IMAGE_PROMPT_TOKEN],
-            special=tokenizer.special,
-        ),
-        prompt=JinaPrompt(
-            always_start_with_space=settings.always_start_with_space,
-            image_prompt_token=IMAGE_PROMPT_TOKEN,
-            normalizer=tokenizer.normalizer,
-        ),
+        vision=family.vision_sizes(settings, vision),
+        decoder=model.decoder_sizes(decoder),
+        tokens=family.tokens(settings, tokenizer),
+        prompt=family.prompt(settings, tokenizer),
         files=files,
         created_with=versions(),
         report=report,

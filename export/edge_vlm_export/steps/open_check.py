@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.errors import EdgeVLMError
+from edge_vlm.families.registry import family_of
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.proof.logits import silent_llama
 
@@ -40,12 +41,14 @@ def _verify_vision(bundle: Bundle) -> None:
     images, hidden = bundle.manifest.image_processor, bundle.manifest.decoder.hidden_size
     # Fixed to one crop for engines that need it, else open.
     n_crops = 1 if session.get_inputs()[0].shape[0] == 1 else "n_crops"
+    family = family_of(images)
     expected = {
         "crops": [n_crops, *images.crop_shape],
-        "is_last": [n_crops],
+        **{name: [n_crops] for name in family.extras},
         "embeddings": [n_crops, images.tokens_per_crop, hidden],
-        "marker_embeddings": [3, hidden],
     }
+    if family.n_markers:
+        expected["marker_embeddings"] = [family.n_markers, hidden]
     values = [*session.get_inputs(), *session.get_outputs()]
     found = {value.name: value.shape for value in values}
     if found != expected:

@@ -12,16 +12,15 @@ from pathlib import Path
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.machine.folders import cache_folder
-from edge_vlm_export.families.jina_vlm.config import read_settings
+from edge_vlm_export.families.model import Description
 from edge_vlm_export.steps.export import export_checkpoint
 from edge_vlm_export.steps.folder import check_space, check_target
 from edge_vlm_export.steps.recipes import read_recipe
 from edge_vlm_export.synthetic.checkpoint import (
     BYTES_PER_VALUE,
-    CONFIGS,
     config_folder,
+    configs,
     synthesize,
-    tensor_shapes,
 )
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
@@ -56,7 +55,7 @@ def synthetic_bundle(
     chosen, out = read_recipe(recipe), Path(out)
     check_target(out, overwrite=False)
     source = config_folder(config)
-    n_values = sum(math.prod(shape) for shape in tensor_shapes(read_settings(source)).values())
+    n_values = sum(math.prod(shape) for shape in Description(source).shapes().values())
     # The checkpoint, the decoder before it is quantized, and what becomes of both.
     check_space(out.parent, 3 * BYTES_PER_VALUE * n_values)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -65,7 +64,7 @@ def synthetic_bundle(
         bundle = export_checkpoint(
             checkpoint,
             scratch / "bundle",
-            name=f"random-{config if config in CONFIGS else source.name}",
+            name=f"random-{config if config in configs() else source.name}",
             progress=progress,
             notice=notice,
             measure=False,
@@ -91,8 +90,8 @@ def cached_synthetic_bundle(
         InputError, EdgeVLMError: see ``synthetic_bundle``; only the named configs and recipes are
             cached.
     """
-    if config not in CONFIGS:
-        raise InputError(f"synthetic: {config!r} is none of {', '.join(CONFIGS)}")
+    if config not in configs():
+        raise InputError(f"synthetic: {config!r} is none of {', '.join(configs())}")
     if not re.fullmatch(r"[\w-]+", recipe):
         raise InputError(f"recipe: {recipe!r} is not the name of one")
     out = cache_folder() / "synthetic" / f"{config}-{recipe}"

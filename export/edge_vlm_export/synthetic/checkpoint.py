@@ -15,6 +15,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +25,15 @@ import numpy as np
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.json_file import read_json
 from edge_vlm_export.checkpoint.tensors import INDEX_NAME, WEIGHTS_NAME, Float32, Shape
-from edge_vlm_export.checkpoint.tokenizer import TOKENIZER_NAME
-from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
-from edge_vlm_export.families.jina_vlm.layout import (
-    EMBEDDING,
-    HEAD,
-    NEW_EMBEDDING,
-    TEXT,
-    VISION,
-    dead_vision_shapes,
-    text_bias_shapes,
-    text_shapes,
-    vision_shapes,
-)
+from edge_vlm_export.checkpoint.tokenizer import NAMES, TOKENIZER_NAME
+from edge_vlm_export.families.model import Description
+from edge_vlm_export.families.registry import families, family_of
 from edge_vlm_export.steps.folder import check_space, check_target, staged
 from edge_vlm_export.synthetic.tokenizer import tokenizer_files
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
-CONFIGS = ("jina-vlm", "demo")
-SETTINGS_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
-TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER_NAME, *NAMES)
 SHARD_BYTES = 2 * 10**9
 BLOCK_VALUES = 1 << 22  # random values drawn at a time: 16 MiB of float32
 BYTES_PER_VALUE = 2  # bfloat16
@@ -93,9 +76,9 @@ def synthesize(
     check_target(out, overwrite=False)
     with staged(out, overwrite=False) as folder:
         _write_settings(source, folder, layers, vision_layers)
-        settings = read_settings(folder)
-        _write_tokenizer(source, folder, settings, seed)
-        shapes = tensor_shapes(settings)
+        model = Description(folder)
+        _write_tokenizer(source, folder, model, seed)
+        shapes = model.shapes()
         total = sum(BYTES_PER_VALUE * math.prod(shape) for shape in shapes.values())
         check_space(out.parent, total)
         done = 0
@@ -107,46 +90,39 @@ def synthesize(
                 progress("weights", done, total)
 
         written(0)
-        _write_weights(folder, shapes, settings, seed, written)
+        _write_weights(folder, shapes, model, seed, written)
     return out
 
 
 def config_folder(config: str | Path) -> Path:
-    """The folder with the settings files of a name in ``CONFIGS``, or the folder given.
+    """The folder with the settings files of a name in ``configs()``, or the folder given.
 
     Raises:
         InputError: there is no such folder.
     """
-    package = Path(__file__).parents[1]
-    places = [Path(config)]
-    if str(config) == "jina-vlm":
-        places = [package / "configs" / "jina-vlm"]
-    elif str(config) == "demo":  # shipped beside the others, or in a source checkout
-        places = [package / "configs" / "demo", package.parents[1] / "models/demo/checkpoint"]
-    for folder in places:
+    named = configs()
+    for folder in named.get(str(config), (Path(config),)):
         if folder.is_dir():
             return folder
-    raise InputError(f"{config}: is neither {' nor '.join(CONFIGS)} nor a folder")
+    raise InputError(f"{config}: is neither {' nor '.join(named)} nor a folder")
 
 
-def tensor_shapes(settings: Settings) -> dict[str, Shape]:
-    """Name and shape of every tensor of a checkpoint, in the order they are stored."""
-    vision = vision_shapes(settings.vision, settings.image_processor)
-    vision |= dead_vision_shapes(settings.vision)
-    text = text_shapes(settings.text) | text_bias_shapes(settings.text)
-    shapes = vision | text
-    if not any(settings.tie_word_embeddings):
-        shapes[HEAD] = (settings.text.vocab_size, settings.text.hidden_size)
-    return shapes
+def configs() -> dict[str, tuple[Path, ...]]:
+    """Places of the settings files that come with the exporter, by name."""
+    return {name: where for f in families().values() for name, where in f.configs.items()}
 
 
 def _write_settings(
     source: Path, folder: Path, layers: int | None, vision_layers: int | None
 ) -> None:
-    for name in SETTINGS_FILES:
-        if not (source / name).is_file():
+    family = family_of(source)
+    for name in ("config.json", *family.required_files, *family.optional_files):
+        if name in TOKENIZER_FILES:
+            continue
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+        elif name not in family.optional_files:
             raise CheckpointError(f"{source / name}: is missing")
-        (folder / name).write_bytes((source / name).read_bytes())
     config = dict(read_json(folder / "config.json").data)
     for key, count in (("text_config", layers), ("vision_config", vision_layers)):
         part = config.get(key)
@@ -159,15 +135,15 @@ def _write_settings(
     _write_json(folder / "config.json", config)
 
 
-def _write_tokenizer(source: Path, folder: Path, settings: Settings, seed: int) -> None:
+def _write_tokenizer(source: Path, folder: Path, model: Description, seed: int) -> None:
     if (source / TOKENIZER_NAME).is_file():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 (folder / name).write_bytes((source / name).read_bytes())
         return
     generation = read_json(folder / "generation_config.json")
-    end_of_text = generation.integer("bos_token_id", 0, settings.text.vocab_size)
-    for name, content in tokenizer_files(settings.text.vocab_size, end_of_text, seed).items():
+    end_of_text = generation.integer("bos_token_id", 0, model.text.vocab_size)
+    for name, content in tokenizer_files(model.text.vocab_size, end_of_text, seed).items():
         _write_json(folder / name, content, indent=None if name == TOKENIZER_NAME else 2)
 
 
@@ -179,7 +155,7 @@ def _write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) 
 def _write_weights(
     folder: Path,
     shapes: Mapping[str, Shape],
-    settings: Settings,
+    model: Description,
     seed: int,
     written: Callable[[int], None],
 ) -> None:
@@ -189,7 +165,7 @@ def _write_weights(
         n = len(shards)
         names = [f"model-{index + 1:05d}-of-{n:05d}.safetensors" for index in range(n)]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, settings, seed, written)
+        _write_shard(folder / name, shard, model, seed, written)
     if len(shards) > 1:
         weight_map = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
@@ -217,7 +193,7 @@ def _shards(shapes: Mapping[str, Shape]) -> Iterator[dict[str, Shape]]:
 def _write_shard(
     path: Path,
     shapes: Mapping[str, Shape],
-    settings: Settings,
+    model: Description,
     seed: int,
     written: Callable[[int], None],
 ) -> None:
@@ -233,15 +209,15 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            for block in random_values(name, shape, settings, seed):
+            for block in random_values(name, shape, model, seed):
                 stored = block.astype(ml_dtypes.bfloat16)
                 file.write(stored.view(np.uint16).data)
                 written(stored.nbytes)
 
 
-def random_values(name: str, shape: Shape, settings: Settings, seed: int) -> Iterator[Float32]:
+def random_values(name: str, shape: Shape, model: Description, seed: int) -> Iterator[Float32]:
     """The values of a tensor of that name and shape in order, in flat blocks of float32."""
-    mean, std = _distribution(name, shape, settings)
+    mean, std = _spread(name, shape, model)
     # From the name, so that a tensor does not depend on what is written before it.
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     left = math.prod(shape)
@@ -255,24 +231,30 @@ def random_values(name: str, shape: Shape, settings: Settings, seed: int) -> Ite
         left -= block.size
 
 
-def _distribution(name: str, shape: Shape, settings: Settings) -> tuple[float, float]:
+def _spread(name: str, shape: Shape, model: Description) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values."""
-    if name in text_bias_shapes(settings.text):
-        return 0.0, 0.0
-    if name in (EMBEDDING, NEW_EMBEDDING):
+    told = model.family.spread(name, shape, model.settings)
+    if told is not None:
+        return told
+    if name in model.decoder.table:
         # A tied table of ordinary spread would make every token its own likeliest successor.
-        tied = any(settings.tie_word_embeddings)
+        tied = any(model.settings.tie_word_embeddings)
         return 0.0, TIED_GAIN / math.sqrt(shape[1]) if tied else 1.0
-    if "lnorm.weight" in name or name == f"{TEXT}ln_f.weight":
-        return 1.0, NORM_SPREAD
-    if len(shape) == 1 or name.endswith(("pos_embed", "pad_embed")):
+    if len(shape) == 1:
+        return (1.0, NORM_SPREAD) if name.endswith(".weight") else (0.0, SMALL)
+    if name in model.tower.tensors:  # added to something, such as positions
         return 0.0, SMALL
-    std = 1 / math.sqrt(shape[1])
-    if name == HEAD:
-        std *= HEAD_GAIN
-    elif name.startswith((f"{TEXT}layers.", f"{VISION}layers.")) and name.endswith(
-        ("attn.out.weight", "ffn.down.weight")
-    ):
-        part = settings.text if name.startswith(TEXT) else settings.vision
-        std /= math.sqrt(2 * part.n_layers)
-    return 0.0, std
+    std = 1 / math.sqrt(math.prod(shape[1:]))
+    if name == model.decoder.head:
+        return 0.0, HEAD_GAIN * std
+    return 0.0, std / math.sqrt(_n_added(model).get(name, 1))
+
+
+@cache
+def _n_added(model: Description) -> dict[str, int]:
+    """Of matrices whose products add to a residual stream: how many do."""
+    layer, n_layers = model.decoder.layer, model.text.n_layers
+    parts = ("attn_output.weight", "ffn_down.weight")
+    found = {layer(i)[part].tensor: 2 * n_layers for i in range(n_layers) for part in parts}
+    linears = model.tower.linears.values()
+    return found | {name: linear.n_added for linear in linears for name in linear.weights}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph.precision import HIGHER, Recipe
 from edge_vlm_export.samples.tiles import CalibrationTiles
-from edge_vlm_export.vision.stages import State, Tower
+from edge_vlm_export.vision.stages import StagedTower, State
 
 # The worst hundredth of the tokens may be this many times as far from 1 as the mean.
 WORST_FACTOR = 4
@@ -79,7 +79,7 @@ class Found:
 
 
 def fit(
-    tower: Tower,
+    tower: StagedTower,
     recipe: Recipe,
     tiles: CalibrationTiles,
     exact: Float32,
@@ -131,7 +131,7 @@ def _first_guess(shares: npt.NDArray[np.float64], excess: float) -> int:
 
 
 def sensitivities(
-    tower: Tower,
+    tower: StagedTower,
     recipe: Recipe,
     tiles: CalibrationTiles,
     exact: Float32,
@@ -148,15 +148,13 @@ def sensitivities(
     disturbed: dict[str, State] = {}
     for stage in tower.stages:
         runner = tower.runner(stage, exact_recipe)
-        after = {
-            name: tower.advance(runner, state, tiles.is_last) for name, state in disturbed.items()
-        }
-        following = tower.advance(runner, base, tiles.is_last)
+        after = {name: tower.advance(runner, state) for name, state in disturbed.items()}
+        following = tower.advance(runner, base)
         del runner
         for name in stage.products:
             others = {other: "fp32" for other in products if other != name}
             alone = tower.runner(stage, recipe.keeping(others))
-            after[name] = tower.advance(alone, base, tiles.is_last)
+            after[name] = tower.advance(alone, base)
             del alone
         base, disturbed = following, after
         step()

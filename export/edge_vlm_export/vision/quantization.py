@@ -11,15 +11,16 @@ import numpy as np
 
 from edge_vlm.bundle.report import MIN_COSINE
 from edge_vlm.errors import EdgeVLMError
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.jina_vlm.config import Settings
-from edge_vlm_export.families.jina_vlm.tower import build_vision, decoder_rows, write_vision
+from edge_vlm_export.checkpoint.tensors import Float32
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES, Written
 from edge_vlm_export.graph.precision import PRECISIONS, QUANTIZED, TARGETS, Range, Recipe
+from edge_vlm_export.graph.tower import Stage
 from edge_vlm_export.samples.tiles import BUILTIN, CalibrationTiles, calibration_tiles
 from edge_vlm_export.vision.budget import Loss, fit, loss
-from edge_vlm_export.vision.smoothing import Inputs, choose_factors, clipped_range, moves, observer
-from edge_vlm_export.vision.stages import Stage, Tower, session
+from edge_vlm_export.vision.graph import PRODUCER, build_vision
+from edge_vlm_export.vision.smoothing import Inputs, choose_factors, clipped_range, observer
+from edge_vlm_export.vision.stages import StagedTower, session
 
 QUICK_TILES = 2  # measured with when no calibration was asked for
 CALIBRATION_TILES = 16
@@ -76,9 +77,7 @@ class VisionReport:
 
 
 def write_vision_quantized(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    special: Mapping[str, int],
+    model: Model,
     path: Path,
     *,
     precision: str = "int8",
@@ -96,9 +95,7 @@ def write_vision_quantized(
     """Write the graph to ``path`` (large weights beside it) and measure it.
 
     Args:
-        checkpoint: The checkpoint's tensors, checked against ``settings``.
-        settings: What its settings files say.
-        special: Ids of the image tokens.
+        model: The checkpoint.
         path: The file to write.
         precision: One of ``PRECISIONS``.
         target: One of ``TARGETS``.
@@ -120,8 +117,8 @@ def write_vision_quantized(
         raise ValueError(f"{precision!r}, {target!r}")
     tiles = calibration
     if tiles is None:
-        tiles = calibration_tiles(BUILTIN, settings.image_processor, QUICK_TILES)
-    tower = Tower(checkpoint, settings)
+        tiles = calibration_tiles(BUILTIN, model, QUICK_TILES)
+    tower = StagedTower(model)
     steps = _Steps(len(tower.stages), progress)
     recipe = Recipe(precision, target, batch)
     naive = unkept = None
@@ -143,9 +140,9 @@ def write_vision_quantized(
     else:
         exact = tower.features(Recipe(target="cpu"), tiles, steps)
 
-    graph = build_vision(checkpoint, settings, special, recipe)
-    files = write_vision(graph, path, written, external_bytes)
-    measured = _measure(path, tiles, exact, _patch_row(checkpoint, settings, special), batch)
+    graph = build_vision(model, recipe)
+    files = graph.save(path, external_bytes, written, PRODUCER)
+    measured = _measure(model, path, tiles, exact, batch)
     return VisionReport(
         precision=precision,
         target=target,
@@ -158,21 +155,19 @@ def write_vision_quantized(
         kept=tuple(sorted(recipe.kept, key=lambda name: -sensitivity[name])),
         n_smoothed=len(recipe.rows),
         n_bytes=sum(file.stat().st_size for file in files),
-        n_weights=sum(map(tower.n_weights, tower.products)),
+        n_weights=tower.n_weights,
         files=tuple(files),
     )
 
 
-def largest_bytes(
-    checkpoint: Checkpoint, settings: Settings, special: Mapping[str, int], precision: str
-) -> int:
+def largest_bytes(model: Model, precision: str) -> int:
     """What the weights of a precision can need on disk, if the budget keeps every product."""
     widest = {"fp32": "fp32", "int4": "int8"}.get(precision, "fp16")
-    return int(build_vision(checkpoint, settings, special, widest).n_bytes * 1.1)
+    return int(build_vision(model, widest).n_bytes * 1.1)
 
 
 def calibrate(
-    tower: Tower,
+    tower: StagedTower,
     recipe: Recipe,
     tiles: CalibrationTiles,
     smooth: bool,
@@ -190,7 +185,7 @@ def calibrate(
     for stage in tower.stages:
         inputs = {name: Inputs(len(tiles)) for name in stage.products}
         runner = tower.runner(stage, Recipe(target="cpu"))
-        state = tower.advance(runner, state, tiles.is_last, observer(inputs))
+        state = tower.advance(runner, state, observer(inputs))
         del runner
         if smooth and recipe.precision != "int4":  # which leaves activations as they are
             _smooth(tower, stage, inputs, rows, columns)
@@ -212,40 +207,28 @@ def calibrate(
 
 
 def _smooth(
-    tower: Tower,
+    tower: StagedTower,
     stage: Stage,
     inputs: Mapping[str, Inputs],
     rows: dict[str, Float32],
     columns: dict[str, Float32],
 ) -> None:
     """Decide the moves of one stage."""
-    vision = tower.settings.vision
-    for move in moves(
-        stage.name,
-        vision.attention.q_size,
-        vision.pooling_attention.q_size,
-        vision.projector_size,
-        vision.hidden_size,
-    ):
-        plain = Recipe()
-        readers = [(inputs[name], plain.matrix(tower.checkpoint, name)) for name in move.readers]
+    for move in stage.moves:
+        readers = [
+            (inputs[name], tower.tower.linears[name].weight(tower.tensors)) for name in move.readers
+        ]
         factors = choose_factors(readers)
         if factors is None:
             continue
-        made = np.ones(len(factors) if move.n_rows < 0 else move.n_rows, np.float32)
-        made[move.rows] = factors
+        made = np.ones(move.n_rows or len(factors), np.float32)
+        made[slice(*move.rows)] = factors
         rows[move.maker] = made
         columns.update(dict.fromkeys(move.readers, factors))
 
 
-def _patch_row(checkpoint: Checkpoint, settings: Settings, special: Mapping[str, int]) -> Float32:
-    """What the graph adds to the connector's output: the decoder's row of <im_patch>."""
-    return decoder_rows(checkpoint, settings.text.vocab_size, [special["<im_patch>"]])
-
-
 def measure_file(
-    tower: Tower,
-    special: Mapping[str, int],
+    model: Model,
     path: Path,
     tiles: CalibrationTiles,
     progress: Progress = lambda done, total: None,
@@ -255,13 +238,14 @@ def measure_file(
     Raises:
         EdgeVLMError: onnxruntime refuses it.
     """
+    tower = StagedTower(model)
     steps = _Steps(len(tower.stages), progress)
     exact = tower.features(Recipe(target="cpu"), tiles, steps)
-    return _measure(path, tiles, exact, _patch_row(tower.checkpoint, tower.settings, special), None)
+    return _measure(model, path, tiles, exact, None)
 
 
 def _measure(
-    path: Path, tiles: CalibrationTiles, exact: Float32, row: Float32, batch: int | None
+    model: Model, path: Path, tiles: CalibrationTiles, exact: Float32, batch: int | None
 ) -> Loss:
     """Run the written file on the tiles.
 
@@ -273,11 +257,12 @@ def _measure(
         found = []
         for index in range(len(tiles)):
             chosen = [index] * (batch or 1)  # a fixed batch is filled with copies
-            feed = {"crops": tiles.crops[chosen], "is_last": tiles.is_last[chosen]}
+            feed = {name: values[chosen] for name, values in tiles.feed.items()}
             found.append(written.run(["embeddings"], feed)[0][0])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise EdgeVLMError(f"onnxruntime cannot run the written {path.name} ({error})") from error
-    return loss(np.stack(found) - row, exact)
+    embeddings, added = np.stack(found), model.added_row()
+    return loss(embeddings if added is None else embeddings - added[1].read(), exact)
 
 
 class _Steps:

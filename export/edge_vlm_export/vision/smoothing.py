@@ -5,20 +5,19 @@ for the whole activation the rest is rounded to nothing. "SmoothQuant" (Xiao et 
 2211.10438) divides each input channel by a factor and multiplies the weight's column with it: the
 product stays the same, and where the maker of the input is a norm or a linear layer, the division
 disappears into its weights. Here the makers are the two norms of a block, the value rows of an
-attention (for its output product) and the linear halves inside the connector; only what a
-nonlinear function makes (``ffn.down`` reads GELU's output) has to stay as it is.
+attention (for its output product) and the linear parts of a connector; only what a nonlinear
+function makes (the product behind a GELU reads it) has to stay as it is. See ``graph.tower.Move``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph import integers
-from edge_vlm_export.graph.precision import CONNECTOR_INPUT, Range
+from edge_vlm_export.graph.precision import Range
 
 STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # SmoothQuant's alpha; the best one is found by trying
 SAMPLE_ROWS = 128
@@ -63,36 +62,6 @@ class Inputs:
     def mean_square(self) -> Float32:
         """Mean square of each channel, (in,)."""
         return np.asarray(self._squares / self._n_rows, np.float32)
-
-
-@dataclass(frozen=True)
-class Move:
-    """A place where channels can be moved: who makes the values, which rows, who reads them."""
-
-    maker: str
-    n_rows: int  # of the maker's output
-    rows: slice  # those that the readers read
-    readers: tuple[str, ...]
-
-
-def moves(stage: str, width: int, pooled: int, projected: int, hidden: int) -> Iterator[Move]:
-    """The moves inside a stage.
-
-    ``width`` and ``pooled`` are the values of all heads in a block and in the pooling attention,
-    ``projected`` those of one half of the projector.
-    """
-    if stage.startswith("layers."):
-        every = slice(None)
-        yield Move(f"{stage}.attn_lnorm", hidden, every, (f"{stage}.attn.qkv_w",))
-        yield Move(f"{stage}.attn.qkv_w", 3 * width, slice(2 * width, None), (f"{stage}.attn.out",))
-        yield Move(f"{stage}.ffn_lnorm", hidden, every, (f"{stage}.ffn.up",))
-    elif stage == "connector":
-        pooling, projector = "vl_connector.pooling", "vl_connector.projector"
-        features = slice(None)
-        yield Move(CONNECTOR_INPUT, -1, features, (f"{pooling}.kv_w", f"{pooling}.q_w"))
-        yield Move(f"{pooling}.kv_w", 2 * pooled, slice(pooled, None), (f"{pooling}.out",))
-        yield Move(f"{pooling}.out", hidden, features, (f"{projector}.up",))
-        yield Move(f"{projector}.up", 2 * projected, slice(0, projected), (f"{projector}.down",))
 
 
 def choose_factors(readers: Sequence[tuple[Inputs, Float32]]) -> Float32 | None:
@@ -176,7 +145,7 @@ def rounded(weight: Float32) -> Float32:
 
 
 def observer(inputs: Mapping[str, Inputs]) -> Callable[[Mapping[str, Float32]], None]:
-    """A function for ``Tower.advance`` that gathers what the products read."""
+    """A function for ``StagedTower.advance`` that gathers what the products read."""
 
     def observe(values: Mapping[str, Float32]) -> None:
         for product, x in values.items():

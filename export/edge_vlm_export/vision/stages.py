@@ -1,91 +1,73 @@
-"""The vision tower run stage by stage, so that one stage's weights are in memory at a time."""
+"""A vision tower run stage by stage, so that one stage's weights are in memory at a time."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.jina_vlm.config import Settings
-from edge_vlm_export.families.jina_vlm.layout import VISION
-from edge_vlm_export.families.jina_vlm.tower import Builder
+from edge_vlm_export.families.model import Model
+from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.graph.precision import Recipe
+from edge_vlm_export.graph.tower import CROPS, Stage, Tower
 from edge_vlm_export.samples.tiles import CalibrationTiles
+from edge_vlm_export.vision.graph import declare
 
-CONNECTOR = "connector"
 _FATAL = 4
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The embedding, a block or the connector, and the products in it."""
-
-    name: str
-    products: tuple[str, ...]
-    layer: int = -1  # the block's index
+Observe = Callable[[Mapping[str, Float32]], None]
 
 
 @dataclass
 class State:
-    """Between two stages: what the next one reads, for some tiles."""
+    """Between two stages: every value that a later one reads, for some tiles."""
 
-    x: Float32  # (n, n_patches, hidden), before the embedding the crops
-    used: dict[int, Float32]  # hidden states that the connector will read
+    values: dict[str, npt.NDArray[Any]] = field(default_factory=dict)  # (n, ...) by name
+    latest: str = CROPS
+
+    @property
+    def x(self) -> Float32:
+        """What the last stage wrote."""
+        return self.values[self.latest]
 
 
-class Tower:
+class StagedTower:
     """The stages of a checkpoint's vision part."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.checkpoint = checkpoint
-        self.settings = settings
-        blocks = [
-            Stage(
-                f"layers.{layer}",
-                tuple(
-                    f"layers.{layer}.{part}"
-                    for part in ("attn.qkv_w", "attn.out", "ffn.up", "ffn.down")
-                ),
-                layer,
-            )
-            for layer in range(settings.vision.n_used_layers)
-        ]
-        pooling, projector = "vl_connector.pooling", "vl_connector.projector"
-        connector = (f"{pooling}.q_w", f"{pooling}.kv_w", f"{pooling}.out")
-        self.stages = (
-            Stage("patch_embed", ("patch_embed.proj",)),
-            *blocks,
-            Stage(CONNECTOR, (*connector, f"{projector}.up", f"{projector}.down")),
-        )
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tower: Tower = model.tower
+        self.tensors: Checkpoint = model.tensors
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """In the order of computation."""
+        return self.tower.stages
 
     @property
     def products(self) -> tuple[str, ...]:
         """All products, in the order of computation."""
-        return tuple(name for stage in self.stages for name in stage.products)
+        return self.tower.products
 
-    def n_weights(self, product: str) -> int:
-        """Values of a product's weight."""
-        return math.prod(self.checkpoint[f"{VISION}{product}.weight"].shape)
+    @property
+    def n_weights(self) -> int:
+        """Values of all products' weights."""
+        return sum(self.tower.linears[name].n_weights for name in self.products)
 
     def runner(self, stage: Stage, recipe: Recipe) -> StageRunner:
         """A session of one stage; drop it before making the next one."""
-        return StageRunner(self.checkpoint, self.settings, stage, recipe)
+        return StageRunner(self, stage, recipe)
 
     def start(self, tiles: CalibrationTiles) -> State:
         """What the first stage reads."""
-        return State(tiles.crops, {})
+        return State({CROPS: tiles.crops, **tiles.extras})
 
     def advance(
-        self,
-        runner: StageRunner,
-        state: State,
-        is_last: Any,
-        observe: Callable[[Mapping[str, Float32]], None] = lambda inputs: None,
+        self, runner: StageRunner, state: State, observe: Observe = lambda inputs: None
     ) -> State:
         """Run a stage on each tile; returns the state behind it.
 
@@ -93,20 +75,15 @@ class Tower:
         """
         outputs = []
         for index in range(len(state.x)):
-            output, inputs = runner.run(
-                state.x[index : index + 1],
-                {layer: x[index : index + 1] for layer, x in state.used.items()},
-                is_last[index : index + 1],
-            )
+            feed = {name: state.values[name][index : index + 1] for name in runner.stage.reads}
+            output, inputs = runner.run(feed)
             outputs.append(output)
             observe(inputs)
-        x = np.concatenate(outputs)
-        used = dict(state.used)
-        layer = runner.stage.layer
-        vision = self.settings.vision
-        if layer in vision.used_states or (vision.uses_final_norm and layer == vision.n_layers - 1):
-            used[layer] = x
-        return State(x, used)
+        later = self.stages[self.stages.index(runner.stage) + 1 :]
+        read = {name for stage in later for name in stage.reads}
+        values = {name: value for name, value in state.values.items() if name in read}
+        latest = runner.stage.writes
+        return State({**values, latest: np.concatenate(outputs)}, latest)
 
     def features(
         self,
@@ -120,7 +97,7 @@ class Tower:
         """
         state = self.start(tiles)
         for stage in self.stages:
-            state = self.advance(self.runner(stage, recipe), state, tiles.is_last)
+            state = self.advance(self.runner(stage, recipe), state)
             done()
         return state.x
 
@@ -128,48 +105,26 @@ class Tower:
 class StageRunner:
     """An onnxruntime session of one stage."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, settings: Settings, stage: Stage, recipe: Recipe
-    ) -> None:
+    def __init__(self, tower: StagedTower, stage: Stage, recipe: Recipe) -> None:
         self.stage = stage
-        self._vision = settings.vision
-        builder = Builder(checkpoint, settings, recipe)
-        if stage.name == CONNECTOR:
-            graph = builder.connector()
-        elif stage.layer >= 0:
-            graph = builder.block(stage.layer)
-        else:
-            graph = builder.embedding()
-        self._input = graph.inputs[0].name
-        self._reads: Mapping[str, str] = builder.linear.inputs
-        self._session = session(graph.in_memory())
-        self._names = [value.name for value in self._session.get_outputs()]
-        self._norm = None
-        if stage.name == CONNECTOR and self._vision.uses_final_norm:
-            norm = Builder(checkpoint, settings, Recipe()).final_norm()
-            self._norm = session(norm.in_memory())
+        layers = Layers(tower.tower.linears, tower.tensors, recipe)
+        declare(layers, tower.model, stage.reads)
+        stage.add(layers)
+        self._reads: Mapping[str, str] = layers.linear.inputs
+        # The result first, then what every product reads.
+        self._names = [n for n in (stage.writes, *self._reads.values()) if n not in stage.reads]
+        self._names = list(dict.fromkeys(self._names))
+        for name in self._names:
+            layers.graph.output(name, None)
+        self._session = session(layers.graph.in_memory())
 
     def run(
-        self, x: Float32, used: Mapping[int, Float32], is_last: Any
-    ) -> tuple[Float32, dict[str, Float32]]:
+        self, feed: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
         """The stage's output for one tile, and what each of its products read."""
-        feed: dict[str, Any] = {self._input: x}
-        if self.stage.name == CONNECTOR:
-            feed = {self._input: self._features(used), "is_last": is_last}
-        values = dict(zip(self._names, self._session.run(None, feed), strict=True))
-        output = values[self._names[0]]
+        values = dict(zip(self._names, self._session.run(self._names, dict(feed)), strict=True))
         values |= feed
-        return output, {product: values[name] for product, name in self._reads.items()}
-
-    def _features(self, used: Mapping[int, Float32]) -> Float32:
-        states = []
-        for index in self._vision.used_states:
-            if index < self._vision.n_layers:
-                states.append(used[index])
-            else:
-                assert self._norm is not None  # noqa: S101
-                states.append(self._norm.run(None, {"x": used[index - 1]})[0])
-        return np.concatenate(states, axis=-1)
+        return values[self.stage.writes], {name: values[x] for name, x in self._reads.items()}
 
 
 def session(model: bytes | str) -> Any:

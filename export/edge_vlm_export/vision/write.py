@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from edge_vlm.bundle.report import VisionReport
-from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.families.jina_vlm.config import Settings
-from edge_vlm_export.families.jina_vlm.tower import build_vision, write_vision
+from edge_vlm_export.families.model import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES
 from edge_vlm_export.graph.precision import QUANTIZED, Recipe
 from edge_vlm_export.samples.tiles import BUILTIN, calibration_tiles
 from edge_vlm_export.steps.progress import Progress, Stage
 from edge_vlm_export.vision.budget import Loss
+from edge_vlm_export.vision.graph import PRODUCER, build_vision
 from edge_vlm_export.vision.quantization import (
     CALIBRATION_TILES,
     QUICK_TILES,
@@ -31,9 +29,7 @@ class VisionExport:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        settings: Settings,
-        special: Mapping[str, int],
+        model: Model,
         *,
         precision: str,
         target: str,
@@ -42,15 +38,15 @@ class VisionExport:
         calibrate: str | Path | None,
         measure: bool | None,
     ) -> None:
-        self._checkpoint, self._settings, self._special = checkpoint, settings, special
+        self._model = model
         self._precision, self._target, self._min_cosine = precision, target, min_cosine
         self._batch = batch
         self._measured = precision in QUANTIZED or bool(measure)
-        self.total_bytes = largest_bytes(checkpoint, settings, special, precision)
+        self.total_bytes = largest_bytes(model, precision)
         self._tiles = (
             calibration_tiles(
                 calibrate or BUILTIN,
-                settings.image_processor,
+                model,
                 CALIBRATION_TILES if calibrate else QUICK_TILES,
             )
             if self._measured
@@ -70,14 +66,11 @@ class VisionExport:
         written = Stage("vision", self.total_bytes, progress)
         if self._tiles is None:
             recipe = Recipe(self._precision, self._target, self._batch)
-            graph = build_vision(self._checkpoint, self._settings, self._special, recipe)
-            files = write_vision(graph, path, written, limit)
+            files = build_vision(self._model, recipe).save(path, limit, written, PRODUCER)
             written.reach(written.total)
             return files, None
         found = write_vision_quantized(
-            self._checkpoint,
-            self._settings,
-            self._special,
+            self._model,
             path,
             precision=self._precision,
             target=self._target,

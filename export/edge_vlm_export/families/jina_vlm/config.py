@@ -13,33 +13,17 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.processor import JinaImageProcessor
 from edge_vlm_export.checkpoint.json_file import Section, is_text, read_json, read_text
+from edge_vlm_export.checkpoint.tokenizer import MAX_VOCABULARY
+from edge_vlm_export.families.base import Settings
+from edge_vlm_export.families.llama_like import TextSettings
+from edge_vlm_export.graph.tower import AttentionSizes
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1 << 10
-MAX_VOCABULARY = 1 << 24
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
-
-
-@dataclass(frozen=True)
-class AttentionSizes:
-    """Heads of one attention layer; ``n_kv_heads`` equals ``n_heads`` in the vision part."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-
-    @property
-    def q_size(self) -> int:
-        """Values of all queries of one position."""
-        return self.n_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Values of all keys (or all values) of one position."""
-        return self.n_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -73,41 +57,17 @@ class VisionSettings:
 
 
 @dataclass(frozen=True)
-class TextSettings:
-    """The language model."""
-
-    n_layers: int
-    hidden_size: int
-    attention: AttentionSizes
-    ffn_size: int
-    norm_eps: float
-    rope_theta: float
-    max_sequence_length: int
-    vocab_size: int
-    additional_vocab_size: int
-
-    @property
-    def n_ids(self) -> int:
-        """Rows of the token table: the vocabulary and the ids that can only be read."""
-        return self.vocab_size + self.additional_vocab_size
-
-
-@dataclass(frozen=True)
-class Settings:
+class JinaSettings(Settings):
     """Everything the settings files of a checkpoint say."""
 
+    image_processor: JinaImageProcessor
     vision: VisionSettings
     text: TextSettings
-    image_processor: ImageProcessor
-    tie_word_embeddings: tuple[bool | None, bool | None]  # config.json, its text_config
-    stop_ids: tuple[int, ...]
     always_start_with_space: bool
-    chat_template: str
-    name: str | None  # a hub name ("owner/model") that config.json mentions
     preprocessor: Section  # for checks that need the tokenizer
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path) -> JinaSettings:
     """Read and validate the settings files in ``folder``.
 
     Raises:
@@ -130,7 +90,7 @@ def read_settings(folder: Path) -> Settings:
         level.boolean("tie_word_embeddings") if "tie_word_embeddings" in level else None
         for level in levels
     )
-    return Settings(
+    return JinaSettings(
         vision=vision,
         text=text,
         image_processor=image_processor,
@@ -289,7 +249,7 @@ def _used_states(config: Section, n_layers: int) -> tuple[int, ...]:
     return tuple(entry % n_states for entry in entries)
 
 
-def _image_processor(config: Section, vision: Section) -> ImageProcessor:
+def _image_processor(config: Section, vision: Section) -> JinaImageProcessor:
     config.only("cropping_method", "overlap-and-resize")
     config.only("normalization_method", "minmax")
     config.only("image_min", -1.0)
@@ -316,7 +276,7 @@ def _image_processor(config: Section, vision: Section) -> ImageProcessor:
         "use_column_tokens": config.boolean("use_column_tokens"),
     }
     try:
-        settings = ImageProcessor.model_validate(values)
+        settings = JinaImageProcessor.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         field = "".join(f"{part}: " for part in first["loc"])
@@ -326,7 +286,7 @@ def _image_processor(config: Section, vision: Section) -> ImageProcessor:
     return settings
 
 
-def _check_redundant(config: Section, vision: Section, settings: ImageProcessor) -> None:
+def _check_redundant(config: Section, vision: Section, settings: JinaImageProcessor) -> None:
     """The same geometry is told in several places; they have to agree."""
     size = settings.base_input_size
     rows, columns = settings.patches_hw

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.models import (
     Epsilon,
     Layers,

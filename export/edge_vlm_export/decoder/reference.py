@@ -3,7 +3,7 @@
 It is what a quantized decoder is compared with, and what an importance matrix is collected from. An
 engine that maps a whole file of the real size would hold more than four gigabytes; here all prompts
 go through one layer before the next one is read, so memory stays at the size of a layer. Read from
-the checkpoint and not from a GGUF, it also notices a tensor that was written to the wrong place.
+the checkpoint and not from a GGUF, it also notices what was written wrong there.
 """
 
 from __future__ import annotations
@@ -13,37 +13,32 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.jina_vlm.config import Settings
-from edge_vlm_export.families.jina_vlm.layout import EMBEDDING, HEAD, NEW_EMBEDDING, TEXT
+from edge_vlm_export.checkpoint.tensors import Float32
+from edge_vlm_export.families.model import Model
 
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]
+_QKV = ("attn_q", "attn_k", "attn_v")
+_UP_GATE = ("ffn_up", "ffn_gate")
 
 
 class Reference:
-    """Qwen3 as the checkpoint stores it."""
+    """A decoder of the Llama kind as the checkpoint stores it."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self._checkpoint = checkpoint
-        self._text = settings.text
-        self._head = HEAD if HEAD in checkpoint else EMBEDDING
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._text = model.text
 
     @property
     def head_name(self) -> str:
         """The GGUF's name of the output head."""
-        return "output.weight" if self._head == HEAD else "token_embd.weight"
+        return "token_embd.weight" if self._model.tied else "output.weight"
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """(len(ids), hidden_size): rows of the token table."""
-        vocabulary = self._text.vocab_size
-        rows = {}
-        for token in set(ids):
-            name, row = (
-                (EMBEDDING, token) if token < vocabulary else (NEW_EMBEDDING, token - vocabulary)
-            )
-            rows[token] = self._checkpoint[name].rows(row, row + 1)[0]
-        return np.stack([rows[token] for token in ids])
+        different, places = np.unique(ids, return_inverse=True)
+        rows = self._model.decoder.rows(self._model.tensors, different.tolist()).read()
+        return np.asarray(rows[places])
 
     def run(
         self,
@@ -69,15 +64,19 @@ class Reference:
             for index, rows in enumerate(states):
                 states[index] = block(rows, wanted[index] if last else None)
             progress(layer + 1)
-        norm = self._read("ln_f.weight")
+        norm = self._model.tensors[self._model.decoder.norm].read()
         return [self.normed(rows, norm) for rows in states]
 
     def logits(self, hidden: Float32) -> Float32:
         """(n, vocab_size) for hidden states of shape (n, hidden_size)."""
-        out = np.empty((len(hidden), self._text.vocab_size), np.float32)
-        for start, rows in self._checkpoint[self._head].blocks():
+        decoder, tensors = self._model.decoder, self._model.tensors
+        head = decoder.table_values(tensors) if self._model.tied else tensors.values(decoder.head)
+        out = np.empty((len(hidden), head.shape[0]), np.float32)
+        start = 0
+        for rows in head.blocks():
             np.matmul(hidden, rows.T, out=out[:, start : start + len(rows)])
-        return out
+            start += len(rows)
+        return out[:, : self._text.vocab_size]
 
     def normed(self, rows: Float32, weight: Float32) -> Float32:
         """RMSNorm over the last axis."""
@@ -85,8 +84,10 @@ class Reference:
         normed: Float32 = rows / np.sqrt(scale) * weight
         return normed
 
-    def _read(self, name: str) -> Float32:
-        return self._checkpoint[f"{TEXT}{name}"].read()
+    def layer(self, index: int) -> dict[str, Float32]:
+        """The weights of a block by llama.cpp's names."""
+        decoder, tensors = self._model.decoder, self._model.tensors
+        return {part: decoder.part(tensors, index, part).read() for part in decoder.layer(index)}
 
 
 class _Block:
@@ -95,40 +96,29 @@ class _Block:
     def __init__(self, reference: Reference, layer: int, on_matmul: OnMatmul) -> None:
         self._reference, self._on_matmul = reference, on_matmul
         self._text, self._target = reference._text, f"blk.{layer}."
-        prefix = f"layers.{layer}."
-        self._weights = {
-            name: reference._read(f"{prefix}{name}.weight")
-            for name in (
-                "attn_lnorm",
-                "attn.qkv_w",
-                "attn.q_lnorm",
-                "attn.k_lnorm",
-                "attn.out",
-                "ffn_lnorm",
-                "ffn.up",
-                "ffn.down",
-            )
+        self._weights = reference.layer(layer)
+        # What reads the same vectors is one product.
+        self._matrices: dict[tuple[str, ...], Float32] = {
+            names: self._take(names, ".weight")
+            for names in (_QKV, ("attn_output",), _UP_GATE, ("ffn_down",))
         }
+        self._biases = {names: self._take(names, ".bias") for names in self._matrices}
 
     def __call__(self, rows: Float32, kept: npt.NDArray[np.bool_] | None) -> Float32:
-        weights, norm = self._weights, self._reference.normed
-        rows = rows + self._attention(norm(rows, weights["attn_lnorm"]))
+        rows = rows + self._attention(self._norm("attn_norm", rows))
         if kept is not None:
             rows = rows[kept]
-        normed = norm(rows, weights["ffn_lnorm"])
-        up, gate = np.split(self._project("ffn.up", normed, "ffn_up", "ffn_gate"), 2, axis=-1)
+        normed = self._norm("ffn_norm", rows)
+        up, gate = np.split(self._project(normed, *_UP_GATE), 2, axis=-1)
         up *= gate / (1 + np.exp(-gate))
-        return rows + self._project("ffn.down", up, "ffn_down")
+        return rows + self._project(up, "ffn_down")
 
     def _attention(self, rows: Float32) -> Float32:
         heads, n = self._text.attention, len(rows)
-        qkv = self._project("attn.qkv_w", rows, "attn_q", "attn_k", "attn_v")
-        qkv = qkv.reshape(n, -1, heads.head_dim).transpose(1, 0, 2)
-        cuts = [heads.n_heads, heads.n_heads + heads.n_kv_heads]
-        queries, keys, values = np.split(qkv, cuts)
-        norm, weights = self._reference.normed, self._weights
-        queries = _rotate(norm(queries, weights["attn.q_lnorm"]), self._text.rope_theta)
-        keys = _rotate(norm(keys, weights["attn.k_lnorm"]), self._text.rope_theta)
+        qkv = self._project(rows, *_QKV).reshape(n, -1, heads.head_dim).transpose(1, 0, 2)
+        queries, keys, values = np.split(qkv, [heads.n_heads, heads.n_heads + heads.n_kv_heads])
+        queries = _rotate(self._norm("attn_q_norm", queries), self._text.rope_theta)
+        keys = _rotate(self._norm("attn_k_norm", keys), self._text.rope_theta)
         future = np.triu(np.ones((n, n), bool), 1)
         mixed = np.empty_like(queries)
         per_key = heads.n_heads // heads.n_kv_heads
@@ -139,13 +129,26 @@ class _Block:
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
             mixed[head] = scores @ values[head // per_key]
-        return self._project("attn.out", mixed.transpose(1, 0, 2).reshape(n, -1), "attn_output")
+        return self._project(mixed.transpose(1, 0, 2).reshape(n, -1), "attn_output")
 
-    def _project(self, weight: str, rows: Float32, *targets: str) -> Float32:
-        for target in targets:
-            self._on_matmul(f"{self._target}{target}.weight", rows)
-        projected: Float32 = rows @ self._weights[weight].T
-        return projected
+    def _norm(self, name: str, rows: Float32) -> Float32:
+        """A norm; the rows as they are where the model has none of that name."""
+        weight = self._weights.get(f"{name}.weight")
+        return rows if weight is None else self._reference.normed(rows, weight)
+
+    def _project(self, rows: Float32, *names: str) -> Float32:
+        for name in names:
+            self._on_matmul(f"{self._target}{name}.weight", rows)
+        projected: Float32 = rows @ self._matrices[names].T
+        bias = self._biases[names]
+        return projected + bias if len(bias) else projected
+
+    def _take(self, names: tuple[str, ...], ending: str) -> Float32:
+        """Weights or biases of several products, one after the other; empty if there are none."""
+        found = [
+            self._weights.pop(name + ending) for name in names if name + ending in self._weights
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
 def _rotate(heads: Float32, theta: float) -> Float32:

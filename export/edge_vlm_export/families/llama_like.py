@@ -1,0 +1,165 @@
+"""Decoders of the Llama kind: what a checkpoint calls their tensors, and what llama.cpp does.
+
+RMSNorm, rotary positions, grouped queries and a gated feed-forward part; norms of queries and keys
+(Qwen3) and biases of queries, keys and values (Qwen2) where there are any. From one description
+follow the tensors that a checkpoint has to have, ``decoder.gguf``, and the reference that a
+quantized file is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values, stacked
+from edge_vlm_export.graph.tower import AttentionSizes
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The language model's sizes."""
+
+    n_layers: int
+    hidden_size: int
+    attention: AttentionSizes
+    ffn_size: int
+    norm_eps: float
+    rope_theta: float
+    max_sequence_length: int
+    vocab_size: int  # ids that an answer may have
+    additional_vocab_size: int  # ids behind them that are only read
+
+    @property
+    def n_ids(self) -> int:
+        """Rows of the token table: the vocabulary and the ids that can only be read."""
+        return self.vocab_size + self.additional_vocab_size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a matrix begins in a stored tensor that may hold several."""
+
+    tensor: str
+    start: int = 0
+
+
+Layer = Callable[[int], Mapping[str, Rows]]
+
+
+@dataclass(frozen=True)
+class LlamaLike:
+    """One decoder. Parts of a block go by llama.cpp's names, such as ``attn_q.weight``.
+
+    ``layer`` gives those of a block by its index, in the order of the file. The head is the token
+    table where a checkpoint has no tensor for it.
+    """
+
+    architecture: str  # of the GGUF, which settles what llama.cpp computes
+    text: TextSettings
+    table: Mapping[str, int]  # tensors of the token table and their rows
+    norm: str  # in front of the head
+    head: str
+    head_rows: int
+    layer: Layer
+    interleaved: bool = False  # llama.cpp rotates neighbours: architecture "llama"
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # more keys of the GGUF
+
+    @property
+    def part_shapes(self) -> dict[str, Shape]:
+        """Of every part that a block can have."""
+        hidden, heads, ffn = self.text.hidden_size, self.text.attention, self.text.ffn_size
+        q, kv = heads.q_size, heads.kv_size
+        return {
+            "attn_norm.weight": (hidden,),
+            "attn_q.weight": (q, hidden),
+            "attn_k.weight": (kv, hidden),
+            "attn_v.weight": (kv, hidden),
+            "attn_q.bias": (q,),
+            "attn_k.bias": (kv,),
+            "attn_v.bias": (kv,),
+            "attn_q_norm.weight": (heads.head_dim,),
+            "attn_k_norm.weight": (heads.head_dim,),
+            "attn_output.weight": (hidden, q),
+            "ffn_norm.weight": (hidden,),
+            "ffn_up.weight": (ffn, hidden),
+            "ffn_gate.weight": (ffn, hidden),
+            "ffn_down.weight": (hidden, ffn),
+        }
+
+    def shapes(self) -> dict[str, Shape]:
+        """The tensors of a checkpoint, the output head aside."""
+        hidden = self.text.hidden_size
+        shapes: dict[str, Shape] = {name: (rows, hidden) for name, rows in self.table.items()}
+        shapes[self.norm] = (hidden,)
+        parts = self.part_shapes
+        for index in range(self.text.n_layers):
+            for part, rows in self.layer(index).items():
+                end = rows.start + parts[part][0]
+                before = shapes.get(rows.tensor, (0,))[0]
+                shapes[rows.tensor] = (max(before, end), *parts[part][1:])
+        return shapes
+
+    @property
+    def head_shape(self) -> Shape:
+        """Of the output head, where it is not tied."""
+        return self.head_rows, self.text.hidden_size
+
+    def tied(self, tensors: Checkpoint) -> bool:
+        """Whether the head is the token table."""
+        return self.head not in tensors
+
+    def part(self, tensors: Checkpoint, index: int, part: str) -> Values:
+        """A part of a block as the checkpoint has it."""
+        rows = self.layer(index)[part]
+        return tensors.values(rows.tensor, rows.start, rows.start + self.part_shapes[part][0])
+
+    def table_values(self, tensors: Checkpoint) -> Values:
+        """The token table (n_ids, hidden_size)."""
+        return stacked(*map(tensors.values, self.table))
+
+    def head_values(self, tensors: Checkpoint) -> Values:
+        """The head with a row for each id; those that are only read repeat the last one's."""
+        head = tensors.values(self.head)
+        missing = self.text.n_ids - self.head_rows
+
+        def repeated() -> Iterator[Float32]:
+            row = tensors[self.head].rows(self.head_rows - 1, self.head_rows)
+            yield np.repeat(row, missing, axis=0)
+
+        if not missing:
+            return head
+        return stacked(head, Values((missing, self.text.hidden_size), repeated))
+
+    def rows(self, tensors: Checkpoint, ids: Sequence[int]) -> Values:
+        """Rows of the token table: (len(ids), hidden_size)."""
+
+        def row(token: int) -> Values:
+            for name, n_rows in self.table.items():
+                if token < n_rows:
+                    return tensors.values(name, token, token + 1)
+                token -= n_rows
+            raise IndexError(token)
+
+        return stacked(*map(row, ids))
+
+
+def usual_layer(prefix: str, *, biases: bool = False, qk_norms: bool = False) -> Layer:
+    """The names that Llama, Mistral, Qwen2 and Qwen3 have; ``prefix`` ends with "layers."."""
+    parts = {"attn_norm.weight": "input_layernorm.weight"}
+    for part in "qkv":
+        parts[f"attn_{part}.weight"] = f"self_attn.{part}_proj.weight"
+        if biases:
+            parts[f"attn_{part}.bias"] = f"self_attn.{part}_proj.bias"
+    if qk_norms:
+        parts |= {f"attn_{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+    parts |= {
+        "attn_output.weight": "self_attn.o_proj.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "ffn_up.weight": "mlp.up_proj.weight",
+        "ffn_gate.weight": "mlp.gate_proj.weight",
+        "ffn_down.weight": "mlp.down_proj.weight",
+    }
+    return lambda index: {part: Rows(f"{prefix}{index}.{name}") for part, name in parts.items()}

@@ -1,0 +1,48 @@
+"""The families that are installed: by name, and by what a checkpoint's ``config.json`` says.
+
+Another package adds one with an entry point of the group ``edge_vlm_export.families`` whose object
+is a ``Family``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_vlm.errors import CheckpointError
+from edge_vlm.machine.plugins import load_plugin, plugins
+from edge_vlm_export.checkpoint.json_file import read_json, shorten
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.base import Family
+
+GROUP = "edge_vlm_export.families"
+_BUILT_IN = {
+    "jina-vlm": "edge_vlm_export.families.jina_vlm.family:FAMILY",
+    "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
+}
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by its name."""
+    return {name: load_plugin(value) for name, value in ({**plugins(GROUP), **_BUILT_IN}).items()}
+
+
+def family_of(folder: Path) -> Family:
+    """The family that a checkpoint's ``config.json`` belongs to.
+
+    Raises:
+        CheckpointError: the file is missing or malformed, or the model is of no known family.
+    """
+    path = folder / "config.json"
+    config = read_json(path).data
+    for family in families().values():
+        if family.recognises(config):
+            return family
+    known = [f"{', '.join(f.model_types)} ({name})" for name, f in families().items()]
+    raise CheckpointError(
+        f"{path}: model_type is {shorten(config.get('model_type'))}, which is not supported; known"
+        f" are {', '.join(sorted(known))}"
+    )
