@@ -15,9 +15,11 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm.machine.json_text import first_problem
 from edge_vlm_export.checkpoint.chat_template import read_chat_template
-from edge_vlm_export.checkpoint.models import (
+from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
+    HubName,
     Layers,
     Part,
     Size,
@@ -139,7 +141,7 @@ class Config(Part):
     multimodal_projector_bias: Literal[True] = True
     use_image_newline_parameter: Literal[True] = True
     tie_word_embeddings: bool | None = None
-    name: str | None = Field(default=None, max_length=200, validation_alias="_name_or_path")
+    name: HubName = Field(default=None, validation_alias="_name_or_path")
 
     @property
     def used_layers(self) -> int:
@@ -290,9 +292,7 @@ def _image_processor(
             image_std=_three(preprocessor.image_std),
         )
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = "".join(f"{part}: " for part in first["loc"][:1])
-        raise CheckpointError(f"{where}: {key}{first['msg']}") from error
+        raise CheckpointError(f"{where}: {first_problem(error)}") from error
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:
