@@ -8,7 +8,6 @@ onnxruntime or llama.cpp sees them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -34,6 +33,7 @@ from edge_vlm.families.parts import Part, Printable
 from edge_vlm.families.registry import DEFAULT, find_family
 from edge_vlm.families.sizes import Decoder, Vision
 from edge_vlm.machine.folders import WINDOWS_DEVICE, label
+from edge_vlm.machine.json_text import first_problem, parse_json, read_bounded
 
 FORMAT_VERSION = 3  # 3 names its family, 2 has a report; jina-vlm's earlier ones are still read
 MANIFEST_NAME = "bundle.json"
@@ -186,10 +186,7 @@ def parse_manifest(text: bytes, where: str | Path) -> Manifest:
     Raises:
         BundleError: not JSON, a newer format version, or a field that is missing or invalid.
     """
-    try:
-        data: Any = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: is not valid JSON ({error})") from error
+    data = parse_json(text, where, BundleError)
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(
@@ -207,11 +204,7 @@ def parse_manifest(text: bytes, where: str | Path) -> Manifest:
         # From JSON text, so that strict mode takes arrays for tuples.
         return manifest_type(family).model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        field = field[:100] if field.isprintable() else repr(field[:100])
-        message = " ".join(first["msg"].removeprefix("Value error, ").split())[:500]
-        raise BundleError(f"{where}: {field + ': ' if field else ''}{message}") from error
+        raise BundleError(f"{where}: {first_problem(error)}") from error
 
 
 def _read_manifest(folder: Path) -> bytes:
@@ -221,25 +214,10 @@ def _read_manifest(folder: Path) -> bytes:
             raise BundleError(f"{label(folder)}: no such bundle folder")
         if not path.is_file():
             raise BundleError(f"{label(folder)}: is not a bundle, it has no {MANIFEST_NAME}")
-        with path.open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise BundleError(f"{label(path)}: {_reason(error)}") from error
-    if len(text) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{label(path)}: is larger than {MAX_MANIFEST_BYTES >> 20} MiB")
-    return text
+    return read_bounded(path, MAX_MANIFEST_BYTES, BundleError)
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a key appears twice")
-    return data
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

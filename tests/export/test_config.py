@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_vlm_export.checkpoint import json_file
+from edge_vlm_export.checkpoint import config_file
 from edge_vlm_export.families.jina_vlm.config import read_settings
 from edge_vlm_export.families.jina_vlm.family import FAMILY
 
+from edge_vlm.machine.json_text import shorten
 from tests.conftest import GOLDEN
 from tests.export_helpers import copy_checkpoint, edit_json, refused, set_key
 
@@ -211,7 +212,7 @@ def test_an_unsupported_value_is_named(checkpoint: Path, file: str, key: str, va
     set_key(checkpoint / file, key, value)
     last = key.split(".")[-1]
     message = refused(checkpoint, file, last)
-    shown = json_file.shorten(value)
+    shown = shorten(value)
     assert shown in message or value is None
     section = key.rpartition(".")[0]
     assert section.replace(".0", "[0]").replace(".1", "[1]").replace(".3", "[3]") in message
@@ -292,7 +293,7 @@ def test_broken_json_is_refused(checkpoint: Path, name: str, text: bytes, fragme
 
 def test_a_huge_file_is_refused_before_it_is_parsed(checkpoint: Path) -> None:
     with (checkpoint / CONFIG).open("ab") as file:
-        file.write(b" " * json_file.MAX_JSON_BYTES)
+        file.write(b" " * config_file.MAX_JSON_BYTES)
     refused(checkpoint, CONFIG, "larger than 4 MiB")
 
 

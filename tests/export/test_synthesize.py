@@ -15,12 +15,12 @@ from edge_vlm_export import export_checkpoint
 from edge_vlm_export.checkpoint.tensors import Checkpoint
 from edge_vlm_export.cli.tools import group
 from edge_vlm_export.families.jina_vlm.config import read_settings
-from edge_vlm_export.families.jina_vlm.family import FAMILY
+from edge_vlm_export.families.jina_vlm.family import FAMILY, TEXT_TOKENS, made_up_tokens
 from edge_vlm_export.families.model import Description, Model
 from edge_vlm_export.synthetic import checkpoint as module
 from edge_vlm_export.synthetic.bundle import cached_synthetic_bundle, synthetic_bundle
 from edge_vlm_export.synthetic.checkpoint import config_folder, synthesize
-from edge_vlm_export.synthetic.tokenizer import TEXT_TOKENS, tokenizer_files
+from edge_vlm_export.synthetic.tokenizer import tokenizer_files
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -120,7 +120,7 @@ def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_synthetic_vocabulary_has_the_released_ids(tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     shutil.copytree(config_folder("jina-vlm"), folder)
-    for name, content in tokenizer_files(151936, 151643).items():
+    for name, content in tokenizer_files(made_up_tokens(151936, 151643)).items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     tokenizer = FAMILY.read_tokenizer(folder, read_settings(folder))
     assert len(tokenizer.tokens) == 152064
@@ -138,11 +138,11 @@ def test_the_synthetic_vocabulary_has_the_released_ids(tmp_path: Path) -> None:
 
 def test_impossible_vocabularies() -> None:
     with pytest.raises(InputError, match="no tokenizer"):
-        tokenizer_files(300, 200)
+        tokenizer_files(made_up_tokens(300, 200))
     with pytest.raises(InputError, match="no tokenizer"):
-        tokenizer_files(1000, 999)
+        tokenizer_files(made_up_tokens(1000, 999))
     with pytest.raises(InputError, match="no tokenizer"):
-        tokenizer_files(10_000_000, 9_999_000)
+        tokenizer_files(made_up_tokens(10_000_000, 9_999_000))
 
 
 def test_stopping_leaves_nothing(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm_export.checkpoint.json_file import is_text, read_json, read_text
+from edge_vlm_export.checkpoint.config_file import is_text, read_object, read_text
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -20,7 +20,7 @@ def read_chat_template(folder: Path) -> str:
     template = read_text(path, MAX_TEMPLATE_BYTES) if path.exists() else None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if template is None and (folder / name).exists():
-            template = _default(read_json(folder / name).data.get("chat_template"))
+            template = _default(read_object(folder / name).get("chat_template"))
     if template is None:
         raise CheckpointError(
             f"{path}: is missing, and neither chat_template.json nor tokenizer_config.json has a"

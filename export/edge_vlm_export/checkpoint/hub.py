@@ -18,9 +18,15 @@ from typing import Any
 
 from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.errors import CheckpointError, InputError
+from edge_vlm_export.checkpoint.config_file import read_part
 from edge_vlm_export.checkpoint.hub_client import Counter, Progress, bar, client
-from edge_vlm_export.checkpoint.json_file import read_json
-from edge_vlm_export.checkpoint.tensors import INDEX_NAME, SHARD_NAME, WEIGHTS_NAME
+from edge_vlm_export.checkpoint.tensors import (
+    INDEX_NAME,
+    MAX_HEADER_BYTES,
+    SHARD_NAME,
+    WEIGHTS_NAME,
+    Index,
+)
 from edge_vlm_export.steps.folder import check_space, size_text
 
 Notice = Callable[[str], None]
@@ -163,7 +169,7 @@ class _Model:
             return list(dict.fromkeys(map(self.need, [*names, WEIGHTS_NAME])))
         names = list(map(self.need, [*names, INDEX_NAME]))
         index = Path(self.get(INDEX_NAME))
-        shards = set(read_json(index).section("weight_map").data.values())
+        shards = set(read_part(Index, index, MAX_HEADER_BYTES).weight_map.values())
         shards = {name for name in shards if isinstance(name, str) and SHARD_NAME.fullmatch(name)}
         if not shards:
             raise CheckpointError(f"{index}: names no safetensors file")

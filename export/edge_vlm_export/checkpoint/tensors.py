@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm_export.checkpoint.json_file import parse_json, read_json, shorten
+from edge_vlm.machine.json_text import shorten
+from edge_vlm_export.checkpoint.config_file import Part, parse_object, read_part
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -223,8 +224,14 @@ class Checkpoint:
                 )
 
 
+class Index(Part):
+    """``model.safetensors.index.json``: which file has which tensor."""
+
+    weight_map: dict[str, Any]
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_json(index, MAX_HEADER_BYTES).section("weight_map").data
+    weight_map = read_part(Index, index, MAX_HEADER_BYTES).weight_map
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(f"{index}: names more than {MAX_TENSORS} tensors")
     for name in weight_map.values():
@@ -278,7 +285,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: its header is not UTF-8 text") from error
-    entries = dict(parse_json(text, path).data)
+    entries = parse_object(text, path)
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors")

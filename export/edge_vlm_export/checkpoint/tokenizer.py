@@ -12,26 +12,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, field_validator
 
 from edge_vlm.errors import CheckpointError
-from edge_vlm_export.checkpoint.json_file import Section, is_text, read_json, shorten
+from edge_vlm.machine.json_text import shorten, wrong
+from edge_vlm_export.checkpoint.config_file import (
+    MAX_VOCABULARY,
+    Off,
+    Part,
+    is_text,
+    parse_part,
+    read_object,
+)
 
 TOKENIZER_NAME = "tokenizer.json"
 NAMES = ("tokenizer_config.json", "special_tokens_map.json")  # name the roles of tokens
 MAX_TOKENIZER_BYTES = 32 << 20  # Qwen's has 11 MB
 MAX_TOKEN_LENGTH = 1 << 12
-MAX_VOCABULARY = 1 << 24
 
-# The rule as Qwen publishes it, and with its case-insensitive part spelled out.
-SPLITS = tuple(
-    contractions
-    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for contractions in (
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+_QWEN2 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# By llama.cpp's names: as published, and with the case-insensitive part spelled out.
+SPLITS = {
+    "qwen2": (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)" + _QWEN2,
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" + _QWEN2,
     )
-)
+}
 # llama.cpp turns these into ordinary tokens whatever the file says, so typed text could become one.
 _UNPROTECTED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
@@ -71,6 +79,90 @@ class Tokenizer:
         return self.special[text]
 
 
+class AddedToken(Part):
+    """One of ``added_tokens``."""
+
+    id: Annotated[int, Field(ge=0)]
+    content: Annotated[str, Field(min_length=1, max_length=200)]
+    special: bool
+    single_word: Off = False
+    lstrip: Off = False
+    rstrip: Off = False
+
+
+class SplitPattern(Part):
+    """The rule by which text is cut before bytes are merged."""
+
+    regex: str = Field(validation_alias="Regex")
+
+    @property
+    def rule(self) -> str:
+        """Its name."""
+        return next(name for name, regexes in SPLITS.items() if self.regex in regexes)
+
+    @field_validator("regex")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if not any(value in regexes for regexes in SPLITS.values()):
+            raise wrong("", value, f"which is not the splitting rule of {' or '.join(SPLITS)}")
+        return value
+
+
+class Split(Part):
+    """The first step."""
+
+    type: Literal["Split"]
+    behavior: Literal["Isolated"]
+    invert: Off = False
+    pattern: SplitPattern
+
+
+class ByteLevel(Part):
+    """The second step."""
+
+    type: Literal["ByteLevel"]
+    add_prefix_space: Off = False
+    use_regex: Off = False
+
+
+class Steps(Part):
+    """How text is cut."""
+
+    type: Literal["Sequence"]
+    pretokenizers: Annotated[tuple[Split, ByteLevel], Strict(False)]
+
+
+class Normalizer(Part):
+    """What happens to text before."""
+
+    type: Literal["NFC"]
+
+
+class BPE(Part):
+    """Vocabulary and merges; their entries are checked one by one."""
+
+    type: Literal["BPE"]
+    dropout: None = None
+    unk_token: None = None
+    continuing_subword_prefix: Literal[""] | None = None
+    end_of_word_suffix: Literal[""] | None = None
+    byte_fallback: Off = False
+    ignore_merges: Off = False
+    vocab: dict[Any, Any]
+    merges: Annotated[list[Any], Field(max_length=MAX_VOCABULARY)]
+
+
+class ByteLevelFile(Part):
+    """``tokenizer.json``."""
+
+    truncation: None = None
+    padding: None = None
+    normalizer: Normalizer | None = None
+    pre_tokenizer: Steps
+    added_tokens: Annotated[list[AddedToken], Field(max_length=MAX_VOCABULARY)]
+    model: BPE
+
+
 def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
     """Read the byte-level BPE in ``tokenizer.json`` for a token table of ``n_ids`` rows.
 
@@ -79,16 +171,15 @@ def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
     Raises:
         CheckpointError: malformed, or of another kind.
     """
-    data = read_json(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
-    model = data.section("model")
-    _check_kind(data, model)
-    texts = _vocabulary(model, n_ids)
+    path = folder / TOKENIZER_NAME
+    file = parse_part(ByteLevelFile, read_object(path, MAX_TOKENIZER_BYTES), path)
+    texts = _vocabulary(file.model.vocab, path, n_ids)
     types = dict.fromkeys(texts, TokenType.NORMAL)
     special: dict[str, int] = {}
-    for content, token, is_special in _added_tokens(data, n_ids):
+    for content, token, is_special in _added_tokens(file.added_tokens, path, n_ids):
         if texts.setdefault(token, content) != content:
             raise CheckpointError(
-                f"{data.path}: added token {shorten(content)} has id {token},"
+                f"{path}: added token {shorten(content)} has id {token},"
                 f" which is {shorten(texts[token])}"
             )
         types[token] = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
@@ -100,99 +191,63 @@ def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
     tokens = tuple(texts[token] for token in range(n_ids))
     if len(set(tokens)) != n_ids:
         twice = Counter(tokens).most_common(1)[0][0]
-        raise CheckpointError(f"{data.path}: token {shorten(twice)} has two ids")
+        raise CheckpointError(f"{path}: token {shorten(twice)} has two ids")
     return Tokenizer(
-        path=data.path,
+        path=path,
         tokens=tokens,
         types=tuple(types[token] for token in range(n_ids)),
-        merges=_merges(model, tokens),
+        merges=_merges(file.model.merges, path, tokens),
         special=special,
-        normalizer=_normalizer(data),
+        normalizer=file.normalizer.type if file.normalizer else None,
+        pre=file.pre_tokenizer.pretokenizers[0].pattern.rule,
     )
 
 
-def _check_kind(data: Section, model: Section) -> None:
-    model.only("type", "BPE")
-    for key in ("dropout", "unk_token"):
-        model.only(key, None)
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        model.only(key, None, "")
-    model.only("byte_fallback", False)
-    model.only("ignore_merges", False)
-    data.only("truncation", None)
-    data.only("padding", None)
-    rules = data.section("pre_tokenizer")
-    rules.only("type", "Sequence")
-    steps = rules.array("pretokenizers", 2)
-    if len(steps) != 2 or not all(isinstance(step, dict) for step in steps):
-        raise rules.error("pretokenizers", "expected a Split and a ByteLevel rule")
-    split, byte_level = (
-        Section(step, data.path, f"pre_tokenizer.pretokenizers[{index}].")
-        for index, step in enumerate(steps)
-    )
-    split.only("type", "Split")
-    split.only("behavior", "Isolated")
-    split.only("invert", False)
-    pattern = split.section("pattern")
-    if pattern.data.get("Regex") not in SPLITS:
-        raise pattern.error("Regex", "which is not the splitting rule of Qwen2")
-    byte_level.only("type", "ByteLevel")
-    byte_level.only("add_prefix_space", False)
-    byte_level.only("use_regex", False)
-
-
-def _normalizer(data: Section) -> Literal["NFC"] | None:
-    if data.data.get("normalizer") is None:
-        return None
-    data.section("normalizer").only("type", "NFC")
-    return "NFC"
-
-
-def _vocabulary(model: Section, n_ids: int) -> dict[int, str]:
+def _vocabulary(vocab: Mapping[Any, Any], path: Path, n_ids: int) -> dict[int, str]:
     texts: dict[int, str] = {}
-    for text, token in model.section("vocab").data.items():
+    for text, token in vocab.items():
         if type(token) is not int or not 0 <= token < n_ids:
             raise CheckpointError(
-                f"{model.path}: token {shorten(text)} has id {shorten(token)},"
+                f"{path}: token {shorten(text)} has id {shorten(token)},"
                 f" config.json has {n_ids} ids"
             )
         if token in texts:
             raise CheckpointError(
-                f"{model.path}: tokens {shorten(texts[token])} and {shorten(text)} share id {token}"
+                f"{path}: tokens {shorten(texts[token])} and {shorten(text)} share id {token}"
             )
-        _check_text(text, model)
+        _check_text(text, path)
         texts[token] = text
     missing = set(byte_alphabet()) - set(texts.values())
     if missing:
         raise CheckpointError(
-            f"{model.path}: model.vocab lacks {len(missing)} of the 256 byte tokens,"
+            f"{path}: model.vocab lacks {len(missing)} of the 256 byte tokens,"
             f" {shorten(min(missing))} for one"
         )
     return texts
 
 
-def _added_tokens(data: Section, n_ids: int) -> Iterator[tuple[str, int, bool]]:
+def _added_tokens(
+    tokens: list[AddedToken], path: Path, n_ids: int
+) -> Iterator[tuple[str, int, bool]]:
     """(text, id, whether special) of every added token."""
-    for index, item in enumerate(data.array("added_tokens", MAX_VOCABULARY)):
-        if not isinstance(item, dict):
-            raise CheckpointError(f"{data.path}: added_tokens[{index}] is no object")
-        entry = Section(item, data.path, f"added_tokens[{index}].")
-        for key in ("single_word", "lstrip", "rstrip"):
-            entry.only(key, False)
-        content = entry.string("content", 200)
-        _check_text(content, data)
-        is_special = entry.boolean("special")
-        if is_special and content in _UNPROTECTED:
-            raise entry.error(
-                "content", "which llama.cpp would also recognize in text that a user typed"
+    for index, token in enumerate(tokens):
+        if token.id >= n_ids:
+            raise CheckpointError(
+                f"{path}: added_tokens[{index}].id is {token.id}, config.json has {n_ids} ids"
             )
-        yield content, entry.integer("id", 0, n_ids - 1), is_special
+        _check_text(token.content, path)
+        if token.special and token.content in _UNPROTECTED:
+            raise CheckpointError(
+                f"{path}: added_tokens[{index}].content is {shorten(token.content)}, which"
+                " llama.cpp would also recognize in text that a user typed"
+            )
+        yield token.content, token.id, token.special
 
 
-def _merges(model: Section, tokens: tuple[str, ...]) -> tuple[str, ...]:
+def _merges(listed: list[Any], path: Path, tokens: tuple[str, ...]) -> tuple[str, ...]:
     known = set(tokens)
     merges = []
-    for index, item in enumerate(model.array("merges", MAX_VOCABULARY)):
+    for index, item in enumerate(listed):
         pair = item.split(" ") if isinstance(item, str) else item
         if (
             not isinstance(pair, list)
@@ -201,16 +256,16 @@ def _merges(model: Section, tokens: tuple[str, ...]) -> tuple[str, ...]:
             or not {pair[0], pair[1], pair[0] + pair[1]} <= known
         ):
             raise CheckpointError(
-                f"{model.path}: model.merges[{index}] is {shorten(item)}, expected two tokens"
+                f"{path}: model.merges[{index}] is {shorten(item)}, expected two tokens"
                 " that together make a token"
             )
         merges.append(f"{pair[0]} {pair[1]}")
     return tuple(merges)
 
 
-def _check_text(text: str, section: Section) -> None:
+def _check_text(text: str, path: Path) -> None:
     if not text or len(text) > MAX_TOKEN_LENGTH or not is_text(text) or "\0" in text:
-        raise CheckpointError(f"{section.path}: token {shorten(text)} is no valid text")
+        raise CheckpointError(f"{path}: token {shorten(text)} is no valid text")
 
 
 def named_token(folder: Path, special: Mapping[str, int], *roles: str) -> int | None:
@@ -219,16 +274,19 @@ def named_token(folder: Path, special: Mapping[str, int], *roles: str) -> int | 
     Raises:
         CheckpointError: it is no special token.
     """
-    sections = [read_json(folder / name) for name in NAMES if (folder / name).exists()]
+    files = {name: read_object(folder / name) for name in NAMES if (folder / name).exists()}
     for role in roles:
-        for section in sections:
-            value: Any = section.data.get(role)
+        for name, data in files.items():
+            value: Any = data.get(role)
             if isinstance(value, dict):
                 value = value.get("content")
             if value is None:
                 continue
             if not isinstance(value, str) or value not in special:
-                raise section.error(role, f"which is no special token of {TOKENIZER_NAME}")
+                raise CheckpointError(
+                    f"{folder / name}: {role} is {shorten(value)}, which is no special token of"
+                    f" {TOKENIZER_NAME}"
+                )
             return special[value]
     return None
 

@@ -133,6 +133,14 @@ class Family(ABC):
     def prompt(self, settings: Any, tokenizer: Tokenizer) -> Prompt:
         """The manifest's part about the prompt."""
 
+    def made_up_tokens(self, settings: Any) -> Mapping[str, int]:
+        """Special tokens and their ids for the made-up byte-level BPE of a random checkpoint.
+
+        The first one ends a text. Empty where only a real one will do.
+        """
+        del settings
+        return {}
+
     def spread(self, name: str, shape: Shape, settings: Any) -> Spread | None:
         """Of a random tensor's values; None where what is usual does."""
         del name, shape, settings

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError
+from edge_vlm.machine.json_text import shorten
 from edge_vlm.machine.plugins import load_plugin, plugins
-from edge_vlm_export.checkpoint.json_file import read_json, shorten
+from edge_vlm_export.checkpoint.config_file import read_object
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.base import Family
@@ -37,7 +38,7 @@ def family_of(folder: Path) -> Family:
         CheckpointError: the file is missing or malformed, or the model is of no known family.
     """
     path = folder / "config.json"
-    config = read_json(path).data
+    config = read_object(path)
     for family in families().values():
         if family.recognises(config):
             return family

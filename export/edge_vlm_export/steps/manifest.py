@@ -18,7 +18,7 @@ from edge_vlm.bundle.manifest import (
 )
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import CheckpointError
-from edge_vlm_export.checkpoint.json_file import read_text
+from edge_vlm_export.checkpoint.config_file import read_text
 from edge_vlm_export.families.model import Model
 
 UNKNOWN_LICENSE = "unknown"

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import untuned
+from edge_vlm.machine.json_text import first_problem
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning.limits import request_settings
 from edge_vlm.planning.models import model_sizes
@@ -105,9 +106,7 @@ def read_recipe(name: str) -> Recipe:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {field}: {first['msg']}") from error
+        raise InputError(f"{path}: {first_problem(error)}") from error
     except ValueError as error:  # not UTF-8, or not TOML
         raise InputError(f"{path}: is not valid TOML ({error})") from error
 

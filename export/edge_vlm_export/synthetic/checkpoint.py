@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from edge_vlm.errors import CheckpointError, InputError
-from edge_vlm_export.checkpoint.json_file import read_json
+from edge_vlm_export.checkpoint.config_file import read_object
 from edge_vlm_export.checkpoint.tensors import INDEX_NAME, WEIGHTS_NAME, Float32, Shape
 from edge_vlm_export.checkpoint.tokenizer import NAMES, TOKENIZER_NAME
 from edge_vlm_export.families.model import Description
@@ -123,7 +123,7 @@ def _write_settings(
             (folder / name).write_bytes((source / name).read_bytes())
         elif name not in family.optional_files:
             raise CheckpointError(f"{source / name}: is missing")
-    config = dict(read_json(folder / "config.json").data)
+    config = read_object(folder / "config.json")
     for key, count in (("text_config", layers), ("vision_config", vision_layers)):
         part = config.get(key)
         if isinstance(part, dict):
@@ -141,9 +141,10 @@ def _write_tokenizer(source: Path, folder: Path, model: Description, seed: int) 
             if (source / name).is_file():
                 (folder / name).write_bytes((source / name).read_bytes())
         return
-    generation = read_json(folder / "generation_config.json")
-    end_of_text = generation.integer("bos_token_id", 0, model.text.vocab_size)
-    for name, content in tokenizer_files(model.text.vocab_size, end_of_text, seed).items():
+    special = model.family.made_up_tokens(model.settings)
+    if not special:
+        raise CheckpointError(f"{source / TOKENIZER_NAME}: is missing")
+    for name, content in tokenizer_files(special, seed).items():
         _write_json(folder / name, content, indent=None if name == TOKENIZER_NAME else 2)
 
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE of any size, with Qwen2's splitting rule and the released special tokens.
+"""A byte-level BPE of any size, with Qwen2's splitting rule.
 
 Its merges are made up: pieces of two letters, of three, then pairs of two-letter pieces in a random
 order, each with and without the space in front, until the vocabulary is full. English takes about
@@ -8,7 +8,7 @@ twice as many tokens as with a trained vocabulary of this size.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
@@ -16,9 +16,6 @@ from typing import Any
 from edge_vlm.errors import InputError
 from edge_vlm_export.checkpoint.tokenizer import SPLITS, TOKENIZER_NAME, byte_alphabet
 
-END_OF_TEXT = "<|endoftext|>"
-TEXT_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
-IMAGE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>", "<im_slice>")
 MAX_MERGES = 26**2 + 2 * 26 + 2 * 26**2 + 26**3 + 2 * 26**4  # what ``_pairs`` yields
 SPACE = "\u0120"  # how a byte-level vocabulary writes a space
 BYTE_LEVEL = {
@@ -29,28 +26,26 @@ BYTE_LEVEL = {
 }
 
 
-def tokenizer_files(vocab_size: int, end_of_text: int, seed: int = 0) -> dict[str, dict[str, Any]]:
+def tokenizer_files(special: Mapping[str, int], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Content of ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
 
-    Ids below ``end_of_text`` are bytes and merges, those up to ``vocab_size`` control tokens, and
-    the image tokens follow.
+    Ids below the first special token, which ends a text, are bytes and merges.
 
     Raises:
-        InputError: the sizes leave no room for bytes or control tokens, or ask for more merges than
-            there are.
+        InputError: that leaves no room for bytes, or asks for more merges than there are.
     """
-    texts = list(TEXT_TOKENS)
-    n_extra = vocab_size - end_of_text - len(texts)
-    if not 256 <= end_of_text <= 256 + MAX_MERGES or n_extra < 0:
-        raise InputError(f"no tokenizer has {vocab_size} ids with {END_OF_TEXT} at {end_of_text}")
-    texts += [f"|<EXTRA_TOKENS_{index}>|" for index in range(n_extra)]
-    special = {text: end_of_text + index for index, text in enumerate([*texts, *IMAGE_TOKENS])}
+    end_of_text = min(special, key=special.__getitem__)
+    size = special[end_of_text]
+    if not 256 <= size <= 256 + MAX_MERGES:
+        raise InputError(f"no tokenizer has {end_of_text} at {size}")
+    others = [text for text in special if text != end_of_text]
+    ends = {f"{role}_token": end_of_text for role in ("bos", "eos", "pad")}
     return {
-        TOKENIZER_NAME: _tokenizer(_vocabulary(end_of_text, seed), special),
-        "tokenizer_config.json": _config(special),
+        TOKENIZER_NAME: _tokenizer(_vocabulary(size, seed), special),
+        "tokenizer_config.json": _config(special, others, ends),
         "special_tokens_map.json": {
-            "additional_special_tokens": [_token(text) for text in special if text != END_OF_TEXT],
-            **{f"{role}_token": _token(END_OF_TEXT) for role in ("bos", "eos", "pad")},
+            "additional_special_tokens": [_token(text) for text in others],
+            **{role: _token(text) for role, text in ends.items()},
         },
     }
 
@@ -83,10 +78,10 @@ def _pairs(order: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(
-    model: tuple[dict[str, int], list[list[str]]], special: dict[str, int]
+    model: tuple[dict[str, int], list[list[str]]], special: Mapping[str, int]
 ) -> dict[str, Any]:
     vocabulary, merges = model
-    split = {"type": "Split", "pattern": {"Regex": SPLITS[0]}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": SPLITS["qwen2"][0]}, "behavior": "Isolated"}
     return {
         "version": "1.0",
         "truncation": None,
@@ -116,15 +111,17 @@ def _tokenizer(
     }
 
 
-def _config(special: dict[str, int]) -> dict[str, Any]:
+def _config(
+    special: Mapping[str, int], others: list[str], ends: Mapping[str, str]
+) -> dict[str, Any]:
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {
             str(number): {**_token(text), "special": True} for text, number in special.items()
         },
-        "additional_special_tokens": [text for text in special if text != END_OF_TEXT],
-        **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")},
+        "additional_special_tokens": others,
+        **ends,
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
         "model_max_length": 131072,

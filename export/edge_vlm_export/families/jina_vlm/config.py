@@ -1,44 +1,229 @@
-"""What the checkpoint's settings files say, validated: sizes are read, never assumed.
+"""What a jina-vlm checkpoint's settings files say, validated: sizes are read, never assumed.
 
 Only what the exported bundle reproduces is accepted. Every other value of a key that changes the
-computation is refused by name. Keys that only matter for training (dropout, initialization) and
-keys whose effect is fixed by another one are ignored.
+computation is refused by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, model_validator
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.jina_vlm.processor import JinaImageProcessor
-from edge_vlm_export.checkpoint.json_file import Section, is_text, read_json, read_text
-from edge_vlm_export.checkpoint.tokenizer import MAX_VOCABULARY
+from edge_vlm.machine.json_text import shorten, wrong
+from edge_vlm_export.checkpoint.chat_template import read_chat_template
+from edge_vlm_export.checkpoint.config_file import (
+    MAX_VOCABULARY,
+    Epsilon,
+    HubName,
+    Layers,
+    Off,
+    On,
+    Pair,
+    Part,
+    Size,
+    StopIds,
+    Theta,
+    TokenId,
+    agree,
+    check_same,
+    read_part,
+)
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
 from edge_vlm_export.graph.tower import AttentionSizes
 
-MAX_TEMPLATE_BYTES = 1 << 20
-MAX_SIZE = 1 << 20
-MAX_LAYERS = 1 << 10
+RUNTIME_KEYS = tuple(JinaImageProcessor.model_fields)
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
 
 
-@dataclass(frozen=True)
-class VisionSettings:
+class VisionNorm(Part):
+    """LayerNorm."""
+
+    type: Literal["default"] = "default"
+    with_affine: On = True
+    bias: On = True
+    eps: Epsilon
+
+
+class TextNorm(Part):
+    """RMSNorm."""
+
+    type: Literal["rms"] = "rms"
+    with_affine: On = True
+    bias: Off = False
+    eps: Epsilon
+
+
+class InnerNorm(TextNorm):
+    """Of queries and keys: all norms have the same eps."""
+
+    eps: Epsilon | None = None  # type: ignore[assignment]  # may be absent
+
+
+class Attention(Part):
+    """Heads of one attention layer."""
+
+    softmax_scale: None = None
+    sliding_window: Literal[-1] | None = None
+    clip_qkv: None = None
+    inner_lnorm: Off = False
+    o_lnorm: Off = False
+    v_lnorm: Off = False
+    n_heads: Size
+    n_kv_heads: Size | None = None
+    head_dim: Size | None = None
+
+    def sizes(self, hidden: int, where: str) -> AttentionSizes:
+        """Of a model with ``hidden`` values a position; ``where`` names this part in errors."""
+        if self.head_dim is None and hidden % self.n_heads:
+            problem = f"which does not divide hidden_size {hidden}"
+            raise wrong(f"{where}.n_heads", self.n_heads, problem)
+        return AttentionSizes(
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads or self.n_heads,
+            head_dim=self.head_dim or hidden // self.n_heads,
+        )
+
+
+class VisionAttention(Attention):
+    """Every query has a key of its own; all four products have biases."""
+
+    q_bias: On = True
+    k_bias: On = True
+    v_bias: On = True
+    o_bias: On = True
+    q_lnorm: Off = False
+    k_lnorm: Off = False
+
+    @model_validator(mode="after")
+    def _is_not_grouped(self) -> VisionAttention:
+        agree(self, "n_kv_heads", self.n_heads, "n_heads, and grouped heads are not supported here")
+        return self
+
+
+class TextAttention(Attention):
+    """Grouped heads with norms of queries and keys."""
+
+    q_bias: Off = False
+    k_bias: Off = False
+    v_bias: Off = False
+    o_bias: Off = False
+    q_lnorm: On = True
+    k_lnorm: On = True
+    qkv_lnorm_on_heads: On = True
+    lnorm_config: InnerNorm
+
+
+class VisionFeedForward(Part):
+    """down(gelu(up(x)))."""
+
+    activation_type: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    gated_activation: Off = False
+    bias: On = True
+    inner_lnorm: Off = False
+    size: Size
+
+
+class GatedFeedForward(Part):
+    """down(silu(gate(x)) * up(x))."""
+
+    activation_type: Literal["silu"] = "silu"
+    gated_activation: On = True
+    bias: Off = False
+    inner_lnorm: Off = False
+    size: Size
+
+
+class Block(Part):
+    """What both kinds of blocks have in common."""
+
+    attn_lscale_init: None = None
+    ffn_lscale_init: None = None
+    postnorm: Off = False
+
+
+class VisionBlock(Block):
+    """One layer of the vision tower."""
+
+    attn_config: VisionAttention
+    ffn_config: VisionFeedForward
+    lnorm_config: VisionNorm
+
+
+class TextBlock(Block):
+    """One layer of the language model."""
+
+    attn_config: TextAttention
+    ffn_config: GatedFeedForward
+    lnorm_config: TextNorm
+
+
+class Connector(Part):
+    """From patches to the decoder's vectors."""
+
+    padding_embed_type: Literal["pad_and_partial_pad"] = "pad_and_partial_pad"
+    pooling_type: Literal["attention_meanq"] = "attention_meanq"
+    projector_type: Literal["mlp"] = "mlp"
+    mlp_projector_config: GatedFeedForward
+    attn_pooling_config: VisionAttention
+    pooling_h: int | None = None
+    pooling_w: int | None = None
+
+
+class VisionSettings(Part):
     """Vision tower and connector."""
 
-    n_layers: int
-    hidden_size: int
-    attention: AttentionSizes
-    ffn_size: int
-    norm_eps: float
-    used_states: tuple[int, ...]  # indices into [output of every block..., final norm's output]
-    pooling_attention: AttentionSizes
-    projector_size: int
-    output_size: int
+    linear_patch_embedding: On = True
+    patch_embedding_bias: On = True
+    use_absolute_positional_embeddings: On = True
+    use_cls_token: Off = False
+    pre_lnorm: Off = False
+    post_lnorm: On = True
+    n_channels: Literal[3] = 3
+    input_size: Pair
+    patch_size: int | None = None
+    hidden_size: Size
+    n_layers: Layers
+    output_size: Size
+    block_config: VisionBlock
+    vl_connector_config: Connector
+    vit_layers: list[int] = Field(min_length=1, max_length=64)
+
+    @property
+    def attention(self) -> AttentionSizes:
+        """Of the blocks."""
+        return self.block_config.attn_config.sizes(self.hidden_size, "block_config.attn_config")
+
+    @property
+    def pooling_attention(self) -> AttentionSizes:
+        """Of the connector."""
+        pooling = self.vl_connector_config.attn_pooling_config
+        return pooling.sizes(self.hidden_size, "vl_connector_config.attn_pooling_config")
+
+    @property
+    def ffn_size(self) -> int:
+        """Values between the two products of a block's feed-forward part."""
+        return self.block_config.ffn_config.size
+
+    @property
+    def projector_size(self) -> int:
+        """Values between the products of the connector's."""
+        return self.vl_connector_config.mlp_projector_config.size
+
+    @property
+    def norm_eps(self) -> float:
+        """Of every norm."""
+        return self.block_config.lnorm_config.eps
+
+    @property
+    def used_states(self) -> tuple[int, ...]:
+        """Indices into [output of every block..., final norm's output]."""
+        return tuple(index % (self.n_layers + 1) for index in self.vit_layers)
 
     @property
     def n_used_layers(self) -> int:
@@ -53,7 +238,133 @@ class VisionSettings:
     @property
     def feature_size(self) -> int:
         """Values the connector sees for each patch."""
-        return self.hidden_size * len(self.used_states)
+        return self.hidden_size * len(self.vit_layers)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> VisionSettings:
+        n_states = self.n_layers + 1
+        if any(not -n_states <= index < n_states for index in self.vit_layers):
+            problem = f"expected indices from {-n_states} to {n_states - 1} of hidden states"
+            raise wrong("vit_layers", self.vit_layers, problem)
+        _ = self.attention, self.pooling_attention  # raise what is wrong
+        return self
+
+
+class TextConfig(Part):
+    """The language model."""
+
+    rope: On = True
+    rope_scaling: None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+    normalize_input_embeds: Off = False
+    hidden_size: Size
+    n_layers: Layers
+    num_hidden_layers: int | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    embedding_size: int | None = None
+    additional_vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    max_sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
+    max_position_embeddings: int | None = None
+    rope_theta: Theta
+    block_config: TextBlock
+    tie_word_embeddings: bool | None = None
+
+    @property
+    def attention(self) -> AttentionSizes:
+        """Of the blocks."""
+        return self.block_config.attn_config.sizes(self.hidden_size, "block_config.attn_config")
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> TextConfig:
+        agree(self, "num_hidden_layers", self.n_layers, "n_layers")
+        agree(self, "embedding_size", self.vocab_size, "vocab_size")
+        agree(self, "max_position_embeddings", self.max_sequence_length, "max_sequence_length")
+        where, sizes, norm = (
+            "block_config.attn_config",
+            self.attention,
+            self.block_config.lnorm_config,
+        )
+        if sizes.n_heads % sizes.n_kv_heads:
+            problem = f"which does not divide n_heads: {sizes.n_heads}"
+            raise wrong(f"{where}.n_kv_heads", sizes.n_kv_heads, problem)
+        if sizes.head_dim % 2:
+            problem = "rotary positions need an even number"
+            raise wrong(f"{where}.head_dim", sizes.head_dim, problem)
+        agree(self, f"{where}.lnorm_config.eps", norm.eps, "block_config.lnorm_config.eps")
+        return self
+
+
+class Config(Part):
+    """``config.json``."""
+
+    vision_config: VisionSettings
+    text_config: TextConfig
+    tie_word_embeddings: bool | None = None
+    name: HubName = Field(default=None, validation_alias="_name_or_path")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Config:
+        hidden = self.text_config.hidden_size
+        agree(self, "vision_config.output_size", hidden, "text_config.hidden_size")
+        return self
+
+
+class Preprocessor(JinaImageProcessor):
+    """``preprocessor_config.json``: what changes pixels, and repetitions."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    cropping_method: Literal["overlap-and-resize"] = "overlap-and-resize"
+    normalization_method: Literal["minmax"] = "minmax"
+    image_min: Annotated[float, Field(ge=-1, le=-1)] = -1.0
+    image_max: Annotated[float, Field(ge=1, le=1)] = 1.0
+    interpolation: Literal["bilinear"] = "bilinear"
+    random_interpolation: Off = False
+    antialias: Off = False
+    resize_in_float32: Off = False
+    preserve_aspect_ratio: Off = False
+    do_resize: On = True
+    do_convert_rgb: On = True
+    padding_mask: Off = False
+    crop_size: Any = None
+    image_base_patch_h: Any = None
+    image_base_patch_w: Any = None
+    tokens_per_image: Any = None
+    size: Any = None
+    start_token_id: Any = None
+    end_token_id: Any = None
+    patch_token_id: Any = None
+    column_token_id: Any = None
+
+    @model_validator(mode="after")
+    def _repetitions_agree(self) -> Preprocessor:
+        height, width = self.base_input_size
+        if height == width:
+            agree(self, "crop_size", height, "base_input_size")
+        agree(self, "image_base_patch_h", self.patches_hw[0], "base_input_size")
+        agree(self, "image_base_patch_w", self.patches_hw[1], "base_input_size")
+        agree(self, "tokens_per_image", self.tokens_per_crop, "token_length_h and _w")
+        if isinstance(self.size, dict):
+            agree(self, "size.shortest_edge", self.min_pixels, "min_pixels")
+            agree(self, "size.longest_edge", self.max_pixels, "max_pixels")
+        return self
+
+    def image_processor(self) -> JinaImageProcessor:
+        """The runtime's part."""
+        return JinaImageProcessor(**{key: getattr(self, key) for key in RUNTIME_KEYS})
+
+
+class Processor(Part):
+    """``processor_config.json``."""
+
+    always_start_with_space: bool
+
+
+class Generation(Part):
+    """``generation_config.json``."""
+
+    eos_token_id: StopIds
+    bos_token_id: TokenId | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +375,8 @@ class JinaSettings(Settings):
     vision: VisionSettings
     text: TextSettings
     always_start_with_space: bool
-    preprocessor: Section  # for checks that need the tokenizer
+    preprocessor: Preprocessor  # for checks that need the tokenizer
+    first_special: int | None  # where a made-up tokenizer ends its vocabulary
 
 
 def read_settings(folder: Path) -> JinaSettings:
@@ -74,286 +386,48 @@ def read_settings(folder: Path) -> JinaSettings:
         CheckpointError: a file is missing or malformed, files contradict each other, or a value is
             not supported; the message names file, key and value.
     """
-    config = read_json(folder / "config.json")
-    config.only("model_type", "jvlm")
-    vision = _vision(config.section("vision_config"))
-    text = _text(config.section("text_config"))
-    if vision.output_size != text.hidden_size:
-        raise config.section("vision_config").error(
-            "output_size", f"which contradicts text_config.hidden_size: {text.hidden_size}"
+    path = folder / "config.json"
+    config = read_part(Config, path)
+    preprocessor = read_part(Preprocessor, folder / "preprocessor_config.json")
+    images, vision = preprocessor.image_processor(), config.vision_config
+    connector, where = vision.vl_connector_config, "vision_config.vl_connector_config.pooling_"
+    for key, value, used in (
+        ("vision_config.input_size", vision.input_size, images.base_input_size),
+        ("vision_config.patch_size", vision.patch_size, images.patch_size),
+        (f"{where}h", connector.pooling_h, images.pooling_h),
+        (f"{where}w", connector.pooling_w, images.pooling_w),
+    ):
+        check_same(path, key, value, used, "preprocessor_config.json")
+    processor = read_part(Processor, folder / "processor_config.json")
+    generation_path = folder / "generation_config.json"
+    generation = read_part(Generation, generation_path)
+    text = config.text_config
+    n_ids = text.vocab_size + text.additional_vocab_size
+    stop = tuple(dict.fromkeys(generation.eos_token_id))
+    if max(stop) >= n_ids:
+        raise CheckpointError(
+            f"{generation_path}: eos_token_id is {shorten(list(stop))}, expected one or more token"
+            f" ids below {n_ids}"
         )
-    preprocessor = read_json(folder / "preprocessor_config.json")
-    image_processor = _image_processor(preprocessor, config.section("vision_config"))
-    processor = read_json(folder / "processor_config.json")
-    levels = (config, config.section("text_config"))
-    ties = tuple(
-        level.boolean("tie_word_embeddings") if "tie_word_embeddings" in level else None
-        for level in levels
-    )
     return JinaSettings(
+        image_processor=images,
+        stop_ids=stop,
+        chat_template=read_chat_template(folder),
+        name=config.name,
+        tie_word_embeddings=(config.tie_word_embeddings, text.tie_word_embeddings),
         vision=vision,
-        text=text,
-        image_processor=image_processor,
-        tie_word_embeddings=(ties[0], ties[1]),
-        stop_ids=_stop_ids(read_json(folder / "generation_config.json"), text.n_ids),
-        always_start_with_space=processor.boolean("always_start_with_space"),
-        chat_template=_chat_template(folder),
-        name=_hub_name(config),
+        text=TextSettings(
+            n_layers=text.n_layers,
+            hidden_size=text.hidden_size,
+            attention=text.attention,
+            ffn_size=text.block_config.ffn_config.size,
+            norm_eps=text.block_config.lnorm_config.eps,
+            rope_theta=text.rope_theta,
+            max_sequence_length=text.max_sequence_length,
+            vocab_size=text.vocab_size,
+            additional_vocab_size=text.additional_vocab_size,
+        ),
+        always_start_with_space=processor.always_start_with_space,
         preprocessor=preprocessor,
+        first_special=generation.bos_token_id,
     )
-
-
-def _vision(config: Section) -> VisionSettings:
-    config.only("linear_patch_embedding", True)
-    config.only("patch_embedding_bias", True)
-    config.only("use_absolute_positional_embeddings", True)
-    config.only("use_cls_token", False)
-    config.only("pre_lnorm", False)
-    config.only("post_lnorm", True)
-    config.only("n_channels", 3)
-    hidden = config.integer("hidden_size", 1, MAX_SIZE)
-    n_layers = config.integer("n_layers", 1, MAX_LAYERS)
-    block = _block(config)
-    _vision_norm(block.section("lnorm_config"))
-    feed_forward = block.section("ffn_config")
-    feed_forward.only("activation_type", "gelu_pytorch_tanh")
-    feed_forward.only("gated_activation", False)
-    feed_forward.only("bias", True)
-    feed_forward.only("inner_lnorm", False)
-
-    connector = config.section("vl_connector_config")
-    connector.only("padding_embed_type", "pad_and_partial_pad")
-    connector.only("pooling_type", "attention_meanq")
-    connector.only("projector_type", "mlp")
-    projector = connector.section("mlp_projector_config")
-    _gated_silu(projector)
-    return VisionSettings(
-        n_layers=n_layers,
-        hidden_size=hidden,
-        attention=_vision_attention(block.section("attn_config"), hidden),
-        ffn_size=feed_forward.integer("size", 1, MAX_SIZE),
-        norm_eps=_eps(block.section("lnorm_config")),
-        used_states=_used_states(config, n_layers),
-        pooling_attention=_vision_attention(connector.section("attn_pooling_config"), hidden),
-        projector_size=projector.integer("size", 1, MAX_SIZE),
-        output_size=config.integer("output_size", 1, MAX_SIZE),
-    )
-
-
-def _text(config: Section) -> TextSettings:
-    config.only("rope", True)
-    config.only("rope_scaling", None)
-    config.only("partial_rotary_factor", 1.0)
-    config.only("normalize_input_embeds", False)
-    hidden = config.integer("hidden_size", 1, MAX_SIZE)
-    n_layers = config.integer("n_layers", 1, MAX_LAYERS)
-    config.agrees("num_hidden_layers", n_layers, "n_layers")
-    vocab_size = config.integer("vocab_size", 1, MAX_VOCABULARY)
-    config.agrees("embedding_size", vocab_size, "vocab_size")
-    length = config.integer("max_sequence_length", 1, 1 << 24)
-    config.agrees("max_position_embeddings", length, "max_sequence_length")
-
-    block = _block(config)
-    attention = block.section("attn_config")
-    sizes = _attention(attention, hidden)
-    for key in ("q_bias", "k_bias", "v_bias", "o_bias", "v_lnorm"):
-        attention.only(key, False)
-    for key in ("q_lnorm", "k_lnorm", "qkv_lnorm_on_heads"):
-        attention.only(key, True)
-    if sizes.n_heads % sizes.n_kv_heads:
-        raise attention.error("n_kv_heads", f"which does not divide n_heads: {sizes.n_heads}")
-    if sizes.head_dim % 2:
-        raise attention.error("head_dim", "rotary positions need an even number")
-    norm = block.section("lnorm_config")
-    for section in (norm, attention.section("lnorm_config")):
-        section.only("type", "rms")
-        section.only("with_affine", True)
-        section.only("bias", False)
-    eps = _eps(norm)
-    attention.section("lnorm_config").agrees("eps", eps, "block_config.lnorm_config.eps")
-    feed_forward = block.section("ffn_config")
-    _gated_silu(feed_forward)
-    return TextSettings(
-        n_layers=n_layers,
-        hidden_size=hidden,
-        attention=sizes,
-        ffn_size=feed_forward.integer("size", 1, MAX_SIZE),
-        norm_eps=eps,
-        rope_theta=config.number("rope_theta", 0, 1e12),
-        max_sequence_length=length,
-        vocab_size=vocab_size,
-        additional_vocab_size=config.integer("additional_vocab_size", 1, MAX_VOCABULARY),
-    )
-
-
-def _block(config: Section) -> Section:
-    block = config.section("block_config")
-    block.only("attn_lscale_init", None)
-    block.only("ffn_lscale_init", None)
-    block.only("postnorm", False)
-    return block
-
-
-def _attention(config: Section, hidden: int) -> AttentionSizes:
-    config.only("softmax_scale", None)
-    config.only("sliding_window", -1, None)
-    config.only("clip_qkv", None)
-    config.only("inner_lnorm", False)
-    config.only("o_lnorm", False)
-    n_heads = config.integer("n_heads", 1, MAX_SIZE)
-    if "head_dim" not in config and hidden % n_heads:
-        raise config.error("n_heads", f"which does not divide hidden_size {hidden}")
-    return AttentionSizes(
-        n_heads=n_heads,
-        n_kv_heads=config.integer("n_kv_heads", 1, MAX_SIZE, default=n_heads),
-        head_dim=config.integer("head_dim", 1, MAX_SIZE, default=hidden // n_heads),
-    )
-
-
-def _vision_attention(config: Section, hidden: int) -> AttentionSizes:
-    sizes = _attention(config, hidden)
-    config.agrees("n_kv_heads", sizes.n_heads, "n_heads, and grouped heads are not supported here")
-    for key in ("q_bias", "k_bias", "v_bias", "o_bias"):
-        config.only(key, True)
-    for key in ("q_lnorm", "k_lnorm", "v_lnorm"):
-        config.only(key, False)
-    return sizes
-
-
-def _vision_norm(config: Section) -> None:
-    config.only("type", "default")
-    config.only("with_affine", True)
-    config.only("bias", True)
-
-
-def _gated_silu(config: Section) -> None:
-    config.only("activation_type", "silu")
-    config.only("gated_activation", True)
-    config.only("bias", False)
-    config.only("inner_lnorm", False)
-
-
-def _eps(norm: Section) -> float:
-    return norm.number("eps", 0, 1)
-
-
-def _used_states(config: Section, n_layers: int) -> tuple[int, ...]:
-    n_states = n_layers + 1
-    entries = config.array("vit_layers", 64)
-    if not entries or any(
-        type(entry) is not int or not -n_states <= entry < n_states for entry in entries
-    ):
-        raise config.error(
-            "vit_layers", f"expected indices from {-n_states} to {n_states - 1} of hidden states"
-        )
-    return tuple(entry % n_states for entry in entries)
-
-
-def _image_processor(config: Section, vision: Section) -> JinaImageProcessor:
-    config.only("cropping_method", "overlap-and-resize")
-    config.only("normalization_method", "minmax")
-    config.only("image_min", -1.0)
-    config.only("image_max", 1.0)
-    config.only("interpolation", "bilinear")
-    config.only("random_interpolation", False)
-    config.only("antialias", False)
-    config.only("resize_in_float32", False)
-    config.only("preserve_aspect_ratio", False)
-    config.only("do_resize", True)
-    config.only("do_convert_rgb", True)
-    config.only("padding_mask", False)
-    values = {
-        "patch_size": config.integer("patch_size", 1, MAX_SIZE),
-        "base_input_size": config.pair("base_input_size", 1, MAX_SIZE),
-        "overlap_margins": config.pair("overlap_margins", 0, 1 << 10),
-        "max_crops": config.integer("max_crops", 1, 1024),
-        "min_pixels": config.integer("min_pixels", 1, 1 << 28),
-        "max_pixels": config.integer("max_pixels", 1, 1 << 28),
-        "pooling_h": config.integer("pooling_h", 1, 64),
-        "pooling_w": config.integer("pooling_w", 1, 64),
-        "token_length_h": config.integer("token_length_h", 1, MAX_SIZE),
-        "token_length_w": config.integer("token_length_w", 1, MAX_SIZE),
-        "use_column_tokens": config.boolean("use_column_tokens"),
-    }
-    try:
-        settings = JinaImageProcessor.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{config.path}: {field}{message}") from error
-    _check_redundant(config, vision, settings)
-    return settings
-
-
-def _check_redundant(config: Section, vision: Section, settings: JinaImageProcessor) -> None:
-    """The same geometry is told in several places; they have to agree."""
-    size = settings.base_input_size
-    rows, columns = settings.patches_hw
-    because = "preprocessor_config.json"
-    if vision.pair("input_size", 1, MAX_SIZE) != size:
-        raise vision.error("input_size", f"which contradicts {because}: {list(size)}")
-    vision.agrees("patch_size", settings.patch_size, because)
-    connector = vision.section("vl_connector_config")
-    connector.agrees("pooling_h", settings.pooling_h, because)
-    connector.agrees("pooling_w", settings.pooling_w, because)
-    if size[0] == size[1]:
-        config.agrees("crop_size", size[0], "base_input_size")
-    config.agrees("image_base_patch_h", rows, "base_input_size")
-    config.agrees("image_base_patch_w", columns, "base_input_size")
-    config.agrees("tokens_per_image", settings.tokens_per_crop, "token_length_h and _w")
-    if isinstance(config.data.get("size"), dict):
-        limits = config.section("size")
-        limits.agrees("shortest_edge", settings.min_pixels, "min_pixels")
-        limits.agrees("longest_edge", settings.max_pixels, "max_pixels")
-
-
-def _stop_ids(config: Section, n_ids: int) -> tuple[int, ...]:
-    value = config.data.get("eos_token_id")
-    entries = value if isinstance(value, list) else [value]
-    if (
-        not entries
-        or len(entries) > 64
-        or any(type(entry) is not int or not 0 <= entry < n_ids for entry in entries)
-    ):
-        raise config.error("eos_token_id", f"expected one or more token ids below {n_ids}")
-    return tuple(dict.fromkeys(entries))
-
-
-def _chat_template(folder: Path) -> str:
-    """``chat_template.jinja``, or the template in ``tokenizer_config.json``."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        template = read_text(path, MAX_TEMPLATE_BYTES)
-    else:
-        if not (folder / "tokenizer_config.json").exists():
-            raise CheckpointError(f"{path}: is missing from the checkpoint")
-        config = read_json(folder / "tokenizer_config.json")
-        value = config.data.get("chat_template")
-        if isinstance(value, list):
-            named = [item for item in value if isinstance(item, dict)]
-            value = next((i.get("template") for i in named if i.get("name") == "default"), None)
-        if not isinstance(value, str):
-            raise CheckpointError(
-                f"{folder}: has no chat template, neither chat_template.jinja nor a"
-                " chat_template in tokenizer_config.json"
-            )
-        template = value
-    if not template.strip() or len(template) > MAX_TEMPLATE_BYTES:
-        raise CheckpointError(f"{folder}: the chat template is empty or larger than 1 MiB")
-    if not is_text(template) or "\0" in template:
-        raise CheckpointError(f"{folder}: the chat template is not valid Unicode text")
-    return template
-
-
-def _hub_name(config: Section) -> str | None:
-    """``_name_or_path`` when it is a hub name; a path of the author's machine is no name."""
-    value = config.data.get("_name_or_path")
-    if not isinstance(value, str) or len(value) > 200:
-        return None
-    parts = value.split("/")
-    plain = all(
-        part and part[0].isalnum() and all(c.isalnum() or c in "._-" for c in part)
-        for part in parts
-    )
-    return value if plain and len(parts) == 2 else None

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from edge_vlm.errors import CheckpointError
+from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm.families.base import Float32
 from edge_vlm.families.jina_vlm.processor import JinaPrompt, JinaTokens
 from edge_vlm.families.sizes import Vision
+from edge_vlm_export.checkpoint.config_file import check_same
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, named_token, read_byte_level
 from edge_vlm_export.families.base import Family, Spread
@@ -28,6 +29,7 @@ _IDS = {
     "<im_col>": "column_token_id",
     IMAGE_PROMPT_TOKEN: None,
 }
+TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MARKERS = ("<im_start>", "<im_col>", "<im_end>")
 _PACKAGE = Path(__file__).parents[2]
 
@@ -82,7 +84,8 @@ class JinaVLM(Family):
             token = tokenizer.id_of(text)
             if key is not None:
                 because = f"the id of {text} in {tokenizer.path.name}"
-                settings.preprocessor.agrees(key, token, because)
+                told = getattr(settings.preprocessor, key)
+                check_same(folder / "preprocessor_config.json", key, told, token, because)
         bos = named_token(folder, tokenizer.special, "bos_token", "eos_token")
         if bos is None:
             raise CheckpointError(
@@ -140,9 +143,29 @@ class JinaVLM(Family):
             normalizer=tokenizer.normalizer,
         )
 
+    def made_up_tokens(self, settings: JinaSettings) -> Mapping[str, int]:
+        """Those of Qwen, as many as there is room for, and the released model's own behind them."""
+        if settings.first_special is None:
+            return {}
+        return made_up_tokens(settings.text.vocab_size, settings.first_special)
+
     def spread(self, name: str, shape: Shape, settings: JinaSettings) -> Spread | None:
         """The language model's biases are zero."""
         return (0.0, 0.0) if name in text_bias_shapes(settings.text) else None
+
+
+def made_up_tokens(vocab_size: int, first: int) -> dict[str, int]:
+    """Control tokens from id ``first`` to ``vocab_size``, and the image tokens behind them.
+
+    Raises:
+        InputError: there is no room for the former.
+    """
+    texts = list(TEXT_TOKENS)
+    n_extra = vocab_size - first - len(texts)
+    if n_extra < 0:
+        raise InputError(f"no tokenizer has {vocab_size} ids with {texts[0]} at {first}")
+    texts += [f"|<EXTRA_TOKENS_{index}>|" for index in range(n_extra)]
+    return {text: first + index for index, text in enumerate([*texts, *_IDS, "<im_slice>"])}
 
 
 FAMILY = JinaVLM()

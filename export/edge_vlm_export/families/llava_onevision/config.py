@@ -11,17 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, Strict, ValidationError, model_validator
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm.machine.json_text import first_problem, wrong
 from edge_vlm_export.checkpoint.chat_template import read_chat_template
-from edge_vlm_export.checkpoint.models import (
+from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
+    HubName,
     Layers,
+    Off,
+    On,
+    Pair,
     Part,
     Size,
+    StopIds,
+    Theta,
     TokenId,
+    check_same,
     parse_part,
     read_part,
 )
@@ -29,14 +37,11 @@ from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
 from edge_vlm_export.graph.tower import AttentionSizes
 
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Three = Annotated[list[float], Field(min_length=3, max_length=3)]
-Pinpoints = Annotated[
-    list[Annotated[list[Size], Field(min_length=2, max_length=2)]],
-    Field(min_length=1, max_length=256),
-]
+Three = Annotated[tuple[float, float, float], Strict(False)]  # an array is no tuple otherwise
+Pinpoints = Annotated[list[Pair], Field(min_length=1, max_length=256)]  # height, width
 AspectRatio = Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]{0,2}$")]
 
 
@@ -46,7 +51,7 @@ class Rope(Part):
     rope_type: Literal["default"] = Field(
         default="default", validation_alias=AliasChoices("rope_type", "type")
     )
-    rope_theta: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    rope_theta: Theta | None = None
 
 
 class TextConfig(Part):
@@ -62,14 +67,14 @@ class TextConfig(Part):
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
     rms_norm_eps: Epsilon = 1e-6
-    rope_theta: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    rope_theta: Theta | None = None
     rope_parameters: Rope = Rope()
     rope_scaling: Rope = Rope()
     hidden_act: Literal["silu"] = "silu"
-    use_sliding_window: Literal[False] = False
+    use_sliding_window: Off = False
     layer_types: list[Literal["full_attention"]] = Field(default=[], max_length=1 << 10)
     tie_word_embeddings: bool | None = None
-    eos_token_id: TokenId | None = None
+    eos_token_id: StopIds | None = None
 
     @property
     def theta(self) -> float | None:
@@ -87,14 +92,15 @@ class TextConfig(Part):
 
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
+        n_heads, sizes = self.num_attention_heads, self.attention
         if self.theta is None:
-            raise ValueError("neither rope_theta nor rope_parameters.rope_theta is there")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError("num_attention_heads does not divide hidden_size")
-        if self.num_attention_heads % self.attention.n_kv_heads:
-            raise ValueError("num_key_value_heads does not divide num_attention_heads")
-        if self.attention.head_dim % 2:
-            raise ValueError("head_dim is odd, rotary positions need pairs")
+            raise wrong("rope_theta", None, "and rope_parameters has none either")
+        if self.head_dim is None and self.hidden_size % n_heads:
+            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
+        if n_heads % sizes.n_kv_heads:
+            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
+        if sizes.head_dim % 2:
+            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
         return self
 
 
@@ -114,8 +120,9 @@ class VisionConfig(Part):
 
     @model_validator(mode="after")
     def _agrees(self) -> VisionConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError("num_attention_heads does not divide hidden_size")
+        n_heads = self.num_attention_heads
+        if self.hidden_size % n_heads:
+            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
         return self
 
 
@@ -136,10 +143,10 @@ class Config(Part):
     vision_feature_layer: int = -1
     vision_feature_select_strategy: Literal["full"] = "full"
     projector_hidden_act: Literal["gelu"] = "gelu"
-    multimodal_projector_bias: Literal[True] = True
-    use_image_newline_parameter: Literal[True] = True
+    multimodal_projector_bias: On = True
+    use_image_newline_parameter: On = True
     tie_word_embeddings: bool | None = None
-    name: str | None = Field(default=None, max_length=200, validation_alias="_name_or_path")
+    name: HubName = Field(default=None, validation_alias="_name_or_path")
 
     @property
     def used_layers(self) -> int:
@@ -148,12 +155,14 @@ class Config(Part):
         return layer if layer >= 0 else n_layers + 1 + layer
 
     @model_validator(mode="after")
-    def _layer_exists(self) -> Config:
-        n_layers = self.vision_config.num_hidden_layers
+    def _agrees(self) -> Config:
+        n_layers, n_ids = self.vision_config.num_hidden_layers, self.text_config.vocab_size
         if not 1 <= self.used_layers <= n_layers:
-            raise ValueError(
-                f"vision_feature_layer is {self.vision_feature_layer}, the tower has {n_layers}"
+            raise wrong(
+                "vision_feature_layer", self.vision_feature_layer, f"the tower has {n_layers}"
             )
+        if self.image_token_id >= n_ids:
+            raise wrong("image_token_index", self.image_token_id, f"there are {n_ids} ids")
         return self
 
 
@@ -174,25 +183,25 @@ class Preprocessor(Part):
     image_std: Three = _CLIP_STD
     resample: Literal[3] = 3  # bicubic
     rescale_factor: Annotated[float, Field(ge=0.00392156, le=0.00392157)] = 1 / 255
-    do_resize: Literal[True] = True
-    do_rescale: Literal[True] = True
-    do_normalize: Literal[True] = True
-    do_convert_rgb: Literal[True] = True
-    do_pad: Literal[True] = True
-    do_center_crop: Literal[False] = False
+    do_resize: On = True
+    do_rescale: On = True
+    do_normalize: On = True
+    do_convert_rgb: On = True
+    do_pad: On = True
+    do_center_crop: Off = False
 
     @property
-    def pinpoints(self) -> list[list[int]]:
+    def pinpoints(self) -> list[tuple[int, int]]:
         """(height, width) of the resolutions, in order."""
         return self.image_grid_pinpoints or [
-            [384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)
+            (384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)
         ]
 
 
 class Processor(Part):
     """``processor_config.json``; newer checkpoints have the image processor in it."""
 
-    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105 - a token of the vocabulary, no password
+    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105
     num_image_tokens: Size | None = None
     vision_feature_select_strategy: Literal["full"] = "full"
     vision_aspect_ratio: AspectRatio | None = None
@@ -202,9 +211,7 @@ class Processor(Part):
 class Generation(Part):
     """``generation_config.json``."""
 
-    eos_token_id: TokenId | Annotated[list[TokenId], Field(min_length=1, max_length=64)] | None = (
-        None
-    )
+    eos_token_id: StopIds | None = None
 
 
 @dataclass(frozen=True)
@@ -229,15 +236,12 @@ def read_settings(folder: Path) -> OneVisionSettings:
     processor_path = folder / "processor_config.json"
     processor = read_part(Processor, processor_path) if processor_path.exists() else Processor()
     preprocessor, where = _preprocessor(folder, processor)
-    images = _image_processor(config, path, preprocessor, where)
-    for told, used, name in (
-        (processor.num_image_tokens, images.tokens_per_crop, "num_image_tokens"),
-        (processor.vision_aspect_ratio, config.vision_aspect_ratio, "vision_aspect_ratio"),
+    images = _image_processor(config, preprocessor, where)
+    for key, used in (
+        ("num_image_tokens", images.tokens_per_crop),
+        ("vision_aspect_ratio", config.vision_aspect_ratio),
     ):
-        if told not in (None, used):
-            raise CheckpointError(
-                f"{processor_path}: {name} is {told}, which contradicts config.json: {used}"
-            )
+        check_same(processor_path, key, getattr(processor, key), used, path.name)
     text = _text(config)
     ties = [level.tie_word_embeddings for level in (config, config.text_config)]
     return OneVisionSettings(
@@ -262,7 +266,7 @@ def _preprocessor(folder: Path, processor: Processor) -> tuple[Preprocessor, Pat
 
 
 def _image_processor(
-    config: Config, path: Path, preprocessor: Preprocessor, where: Path
+    config: Config, preprocessor: Preprocessor, where: Path
 ) -> OneVisionImageProcessor:
     size, side = preprocessor.size, config.vision_config.image_size
     if (size.height, size.width) != (side, side):
@@ -286,18 +290,11 @@ def _image_processor(
             tile_size=side,
             grids=tuple((h // side, w // side) for h, w in preprocessor.pinpoints),
             max_vectors=int(ratio),
-            image_mean=_three(preprocessor.image_mean),
-            image_std=_three(preprocessor.image_std),
+            image_mean=preprocessor.image_mean,
+            image_std=preprocessor.image_std,
         )
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        key = "".join(f"{part}: " for part in first["loc"][:1])
-        raise CheckpointError(f"{where}: {key}{first['msg']}") from error
-
-
-def _three(values: list[float]) -> tuple[float, float, float]:
-    first, second, third = values
-    return first, second, third
+        raise CheckpointError(f"{where}: {first_problem(error)}") from error
 
 
 def _text(config: Config) -> TextSettings:
@@ -326,10 +323,9 @@ def _stop_ids(folder: Path, config: Config, text: TextSettings) -> tuple[int, ..
         path, told = folder / "config.json", config.text_config.eos_token_id
     if told is None:
         raise CheckpointError(f"{path}: eos_token_id is missing, also from generation_config.json")
-    stop = tuple(dict.fromkeys(told if isinstance(told, list) else [told]))
-    for token in stop:
+    for token in told:
         if token >= text.vocab_size:
             raise CheckpointError(
                 f"{path}: eos_token_id is {token}, the ids of answers end at {text.vocab_size}"
             )
-    return stop
+    return tuple(dict.fromkeys(told))
