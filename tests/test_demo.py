@@ -20,7 +20,7 @@ from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.families.jina_vlm import tiling
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
 from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles, plan_tiling
 from models.demo import fonts
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture

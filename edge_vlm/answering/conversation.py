@@ -16,7 +16,7 @@ from edge_vlm.answering.answer import Answer, AskOptions
 from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, Engine, State, Turn
 from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError, PromptError
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.picture import EncodedImage, Picture, open_picture, seen_among
 from edge_vlm.planning.budget import budget_positions, limit_tiles

@@ -14,7 +14,7 @@ from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.engines import Context, Decoder, VisionTower
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.forms.guide import Guide
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes

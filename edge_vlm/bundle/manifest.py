@@ -28,9 +28,8 @@ from pydantic import (
 
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import BundleError, InputError
-from edge_vlm.families.base import Family, ImageProcessor, Prompt, Tokens
+from edge_vlm.families.base import DEFAULT, Family, ImageProcessor, Prompt, Tokens, find_family
 from edge_vlm.families.parts import Part, Printable
-from edge_vlm.families.registry import DEFAULT, find_family
 from edge_vlm.families.sizes import Decoder, Vision
 from edge_vlm.machine.folders import WINDOWS_DEVICE, label
 from edge_vlm.machine.json_text import first_problem, parse_json, read_bounded

@@ -1,8 +1,11 @@
-"""What a family of models supplies to the runtime.
+"""What a family of models supplies to the runtime, and which families are installed.
 
 A family is a folder beside this file. Its settings are parts of a bundle's manifest; from them and
 a picture's size follow crops and layout, and from the crops' embeddings the rows that stand for the
 picture in the decoder's input. Nothing outside ``families/`` knows more about a model than this.
+
+Another package adds a family with an entry point of the group ``edge_vlm.families`` whose name is
+the family's and whose object is a ``Family``.
 """
 
 from __future__ import annotations
@@ -10,14 +13,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from edge_vlm.errors import InputError
 from edge_vlm.families.parts import Part, SpecialText, TokenId
 from edge_vlm.families.sizes import Decoder, Vision, VisionWork
+from edge_vlm.machine.plugins import load_plugin, plugins
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -226,3 +233,37 @@ class Family(ABC):
         """Inputs of the graph for crops that are no picture's, to measure with."""
         zeros = {name: np.zeros(len(crops), kind) for name, kind in self.extras.items()}
         return {"crops": crops, **zeros}
+
+
+GROUP = "edge_vlm.families"
+DEFAULT = "jina-vlm"  # of bundles that were made when there was no other
+_BUILT_IN = {
+    "jina-vlm": "edge_vlm.families.jina_vlm.family",
+    "llava-onevision": "edge_vlm.families.llava_onevision.family",
+}
+
+
+def family_names() -> list[str]:
+    """Names that ``find_family`` knows."""
+    return sorted({*_BUILT_IN, *plugins(GROUP)})
+
+
+@cache
+def find_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        InputError: there is none; the message lists those there are.
+    """
+    if name in _BUILT_IN:
+        found: Family = import_module(_BUILT_IN[name]).FAMILY
+        return found
+    if name in plugins(GROUP):
+        added: Family = load_plugin(plugins(GROUP)[name])
+        return added
+    raise InputError(f"family {name[:100]!r} is none of {', '.join(family_names())}")
+
+
+def family_of(processor: ImageProcessor) -> Family:
+    """The family whose image processor this is."""
+    return find_family(processor.family)

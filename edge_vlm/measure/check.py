@@ -7,7 +7,7 @@ import numpy as np
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.errors import DecoderError, VisionError
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.tuning import engines_for

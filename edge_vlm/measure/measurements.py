@@ -174,7 +174,7 @@ class _Measurements:
         import numpy as np
 
         from edge_vlm.bundle.manifest import Bundle
-        from edge_vlm.families.registry import family_of
+        from edge_vlm.families.base import family_of
         from edge_vlm.machine.engine_settings import EngineSettings
         from edge_vlm.pictures.tower import VisionTower
 

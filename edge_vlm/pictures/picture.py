@@ -21,8 +21,7 @@ import numpy.typing as npt
 from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.engines import VisionTower
 from edge_vlm.errors import DecoderError, ImageError
-from edge_vlm.families.base import ImageProcessor, Tiles
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import ImageProcessor, Tiles, family_of
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.pictures.image import load_image

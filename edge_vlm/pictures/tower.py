@@ -16,8 +16,7 @@ import numpy.typing as npt
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.bundle.onnx_files import external_files
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
-from edge_vlm.families.base import Tiles
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import Tiles, family_of
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
 from edge_vlm.machine.process import import_onnxruntime

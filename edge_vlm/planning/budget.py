@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_vlm.errors import BudgetError
-from edge_vlm.families.base import ImageProcessor
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import ImageProcessor, family_of
 from edge_vlm.families.sizes import Decoder
 from edge_vlm.machine.settings import KV_TYPES
 

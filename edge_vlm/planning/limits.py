@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from edge_vlm.errors import BudgetError
-from edge_vlm.families.base import ImageProcessor
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import ImageProcessor, family_of
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.hardware import family, memory_limit
 from edge_vlm.machine.memory import CAN_FORGET, available_bytes

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from edge_vlm.errors import InputError
-from edge_vlm.families.base import Released
-from edge_vlm.families.registry import DEFAULT, family_names, family_of, find_family
+from edge_vlm.families.base import DEFAULT, Released, family_names, family_of, find_family
 from edge_vlm.planning import cost
 from edge_vlm.planning.request import ModelSizes
 

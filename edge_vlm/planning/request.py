@@ -12,8 +12,7 @@ from typing import Any
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Manifest
 from edge_vlm.errors import InputError
-from edge_vlm.families.base import ImageProcessor
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import ImageProcessor, family_of
 from edge_vlm.families.sizes import Decoder, Vision, VisionWork, decoder_flops
 from edge_vlm.machine.engine_settings import FLASH_ROWS, SCORES_BATCH, flash_mode
 from edge_vlm.machine.settings import KV_TYPES

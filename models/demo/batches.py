@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
 from edge_vlm.families.jina_vlm.tiling import (
     TilingPlan,
     cut_tiles,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_vlm import ImageError
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
 from edge_vlm.families.jina_vlm.released import IMAGE_PROCESSOR
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
 from edge_vlm.families.jina_vlm.tiling import (
     cut_tiles,
     patch_order,

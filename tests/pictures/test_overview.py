@@ -14,7 +14,7 @@ from PIL import Image
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.families.jina_vlm import released
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor as ImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
 from edge_vlm.families.jina_vlm.tiling import cut_tiles, plan_tiling, tile_boxes
 from edge_vlm.pictures.overview import draw_tiling
 from tests.conftest import Run, assert_one_line

@@ -286,7 +286,7 @@ def _compare(
 
 def _paper(as_json: bool) -> None:
     from edge_vlm.cli.table import format_table
-    from edge_vlm.families.registry import DEFAULT, find_family
+    from edge_vlm.families.base import DEFAULT, find_family
 
     figures = find_family(DEFAULT).published()
     if as_json:

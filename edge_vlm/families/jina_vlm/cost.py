@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm.families.sizes import Transformer, Vision, VisionWork
 
 

@@ -12,10 +12,49 @@ from edge_vlm.families.base import Box, Family, Figure, Float32, Int32, Released
 from edge_vlm.families.jina_vlm import released, tiling
 from edge_vlm.families.jina_vlm.cost import vision_work
 from edge_vlm.families.jina_vlm.paper import efficiency_table
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor, JinaPrompt, JinaTokens
-from edge_vlm.families.jina_vlm.stitch import stitch
-from edge_vlm.families.jina_vlm.tiling import JinaTiles, TilingPlan
+from edge_vlm.families.jina_vlm.tiling import (
+    JinaImageProcessor,
+    JinaPrompt,
+    JinaTiles,
+    JinaTokens,
+    TilingPlan,
+    patch_order,
+    token_block,
+)
 from edge_vlm.families.sizes import Vision, VisionWork
+
+
+def stitch(
+    crop_embeddings: Float32,
+    marker_embeddings: Float32,
+    plan: TilingPlan,
+    settings: JinaImageProcessor,
+) -> Float32:
+    """Embeddings of a picture's whole token block, in order.
+
+    The markers between the patches are embedded here as well, so that a picture goes into the
+    decoder as one batch instead of one small batch for each row of patches.
+
+    Args:
+        crop_embeddings: (n_crops, tokens_per_crop, hidden_size), thumbnail first.
+        marker_embeddings: (3, hidden_size), rows of <im_start>, <im_col>, <im_end>.
+        plan: the picture's tiling.
+        settings: the bundle's image processor.
+
+    Returns:
+        (n_image_tokens, hidden_size) float32.
+    """
+    block = token_block(plan, settings)
+    hidden = crop_embeddings.shape[-1]
+    rows = np.empty((len(block), hidden), np.float32)
+    for code, marker in zip("sce", marker_embeddings, strict=True):
+        rows[block == code] = marker
+    order = patch_order(plan, settings).ravel()
+    used = order >= 0
+    positions = np.flatnonzero(block == "p")
+    rows[positions[order[used]]] = crop_embeddings.reshape(-1, hidden)[used]
+    return rows
+
 
 PHOTO = 12  # times as many pixels as the model takes: 12 megapixels for the released one
 

@@ -3,7 +3,7 @@
 Source: config.json and preprocessor_config.json of ``jinaai/jina-vlm`` on Hugging Face.
 """
 
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm.families.sizes import Decoder, Vision
 
 NAME = "jina-vlm"

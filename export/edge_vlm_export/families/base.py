@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edge_vlm.families.base import Family as Runtime
-from edge_vlm.families.base import Float32, ImageProcessor, Prompt, Tokens
-from edge_vlm.families.registry import find_family
+from edge_vlm.families.base import Float32, ImageProcessor, Prompt, Tokens, find_family
 from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import Tokenizer

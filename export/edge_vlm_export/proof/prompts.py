@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import untuned
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.tower import VisionTower

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.errors import EdgeVLMError
-from edge_vlm.families.registry import family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.proof.logits import silent_llama
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm.families.base import Float32
-from edge_vlm.families.jina_vlm.processor import JinaPrompt, JinaTokens
+from edge_vlm.families.jina_vlm.tiling import JinaPrompt, JinaTokens
 from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.config_file import check_same
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_vlm.families.jina_vlm.processor import JinaImageProcessor
+from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm_export.checkpoint.tensors import Shape
 from edge_vlm_export.families.jina_vlm.config import VisionSettings
 from edge_vlm_export.families.vit import (
