@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from edge_vlm.errors import PromptError
 from edge_vlm.pictures.picture import ImageUse
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS
+from edge_vlm.progress import CancelToken, OnProgress
 
 if TYPE_CHECKING:
     from edge_vlm.forms.structure import Form
@@ -76,6 +77,19 @@ class AskKeywords(TypedDict, total=False):
     schema: Any
     choices: Sequence[str] | None
     regex: str | None
+
+
+class TurnKeywords(AskKeywords, total=False):
+    """And how the call is watched and stopped."""
+
+    progress: OnProgress | None  # called after each tile, batch and token
+    cancel: CancelToken | None  # set it from another thread to stop
+
+
+class RequestKeywords(TurnKeywords, total=False):
+    """And a whole conversation in OpenAI's form, instead of pictures and a question."""
+
+    messages: Any
 
 
 @dataclass(frozen=True)

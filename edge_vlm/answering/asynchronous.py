@@ -10,9 +10,10 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_vlm.answering.answer import Answer, AskKeywords
+from edge_vlm.answering.answer import Answer, AskKeywords, RequestKeywords, TurnKeywords
 from edge_vlm.answering.model import Chat, EdgeVLM, Stream
 from edge_vlm.errors import DecoderError
 from edge_vlm.machine.settings import MachineSettings
@@ -43,12 +44,13 @@ class _Closing:
 class AsyncStream(_Closing):
     """Pieces of an answer: ``async for piece in stream``; afterwards ``answer`` holds all of it."""
 
-    def __init__(self, begin: Callable[[CancelToken], Stream], cancel: CancelToken | None) -> None:
-        self._begin = begin
+    def __init__(self, begin: Callable[..., Stream], how: TurnKeywords) -> None:
         self._stream: Stream | None = None
-        self._given, self._cancel = cancel, CancelToken()
-        if cancel:
-            cancel.listen(self._cancel.set)
+        self._given, self._cancel = how.get("cancel"), CancelToken()
+        if self._given:
+            self._given.listen(self._cancel.set)
+        report = _in_loop(how.get("progress"))
+        self._begin = partial(begin, **{**how, "progress": report, "cancel": self._cancel})
         # One thread for the whole answer: libgomp's threads belong to the one that calls it.
         self._thread = ThreadPoolExecutor(1, "edge-vlm answer")
 
@@ -68,7 +70,7 @@ class AsyncStream(_Closing):
 
     def _next(self) -> str | None:
         if self._stream is None:
-            self._stream = self._begin(self._cancel)
+            self._stream = self._begin()
         return next(self._stream, None)
 
     @property
@@ -106,30 +108,15 @@ class AsyncChat(_Closing):
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
 
-    async def ask(
-        self,
-        *asked: Any,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
-    ) -> Answer:
+    async def ask(self, *asked: Any, **how: Unpack[TurnKeywords]) -> Answer:
         """Answer the next question, (question) or (images, question)."""
-        return await self.stream(*asked, progress=progress, cancel=cancel, **options).result()
+        return await self.stream(*asked, **how).result()
 
     def stream(
-        self,
-        *asked: Any,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        keep_partial: bool = False,
-        **options: Unpack[AskKeywords],
+        self, *asked: Any, keep_partial: bool = False, **how: Unpack[TurnKeywords]
     ) -> AsyncStream:
         """As ``ask``, piece by piece; see ``Chat.stream``."""
-        report = _in_loop(progress)
-        how: dict[str, Any] = {"keep_partial": keep_partial, **options}
-        return AsyncStream(
-            lambda token: self.chat.stream(*asked, progress=report, cancel=token, **how), cancel
-        )
+        return AsyncStream(partial(self.chat.stream, *asked, keep_partial=keep_partial), how)
 
     async def aclose(self) -> None:
         """Free the KV cache."""
@@ -172,39 +159,16 @@ class AsyncEdgeVLM(_Closing):
         )
 
     async def ask(
-        self,
-        images: Any = (),
-        question: str | None = None,
-        *,
-        messages: Any = None,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
+        self, images: Any = (), question: str | None = None, **how: Unpack[RequestKeywords]
     ) -> Answer:
         """Answer a question about pictures; arguments and errors as ``EdgeVLM.ask``."""
-        return await self.stream(
-            images, question, messages=messages, progress=progress, cancel=cancel, **options
-        ).result()
+        return await self.stream(images, question, **how).result()
 
     def stream(
-        self,
-        images: Any = (),
-        question: str | None = None,
-        *,
-        messages: Any = None,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
+        self, images: Any = (), question: str | None = None, **how: Unpack[RequestKeywords]
     ) -> AsyncStream:
         """As ``ask``, piece by piece. What is wrong with the request is raised by the first one."""
-        report = _in_loop(progress)
-
-        def begin(token: CancelToken) -> Stream:
-            return self.vlm.stream(
-                images, question, messages=messages, progress=report, cancel=token, **options
-            )
-
-        return AsyncStream(begin, cancel)
+        return AsyncStream(partial(self.vlm.stream, images, question), how)
 
     async def encode(
         self,

@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from edge_vlm.answering.answer import Answer, AskKeywords, AskOptions
+from edge_vlm.answering.answer import (
+    Answer,
+    AskKeywords,
+    AskOptions,
+    RequestKeywords,
+    TurnKeywords,
+)
 from edge_vlm.answering.conversation import Conversation
 from edge_vlm.answering.engine import load_engine
 from edge_vlm.answering.turn import Engine
@@ -107,26 +113,10 @@ class Chat(Closing):
         options_of(options)
 
     @overload
-    def ask(
-        self,
-        question: str,
-        /,
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
-    ) -> Answer: ...
+    def ask(self, question: str, /, **how: Unpack[TurnKeywords]) -> Answer: ...
 
     @overload
-    def ask(
-        self,
-        images: Any,
-        question: str,
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
-    ) -> Answer: ...
+    def ask(self, images: Any, question: str, **how: Unpack[TurnKeywords]) -> Answer: ...
 
     def ask(self, *asked: Any, **how: Any) -> Answer:
         """Answer the next question; arguments and errors as ``EdgeVLM.ask``."""
@@ -134,26 +124,12 @@ class Chat(Closing):
 
     @overload
     def stream(
-        self,
-        question: str,
-        /,
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        keep_partial: bool = False,
-        **options: Unpack[AskKeywords],
+        self, question: str, /, *, keep_partial: bool = False, **how: Unpack[TurnKeywords]
     ) -> Stream: ...
 
     @overload
     def stream(
-        self,
-        images: Any,
-        question: str,
-        *,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        keep_partial: bool = False,
-        **options: Unpack[AskKeywords],
+        self, images: Any, question: str, *, keep_partial: bool = False, **how: Unpack[TurnKeywords]
     ) -> Stream: ...
 
     def stream(
@@ -330,14 +306,7 @@ class EdgeVLM(Closing):
         return self._engine
 
     def ask(
-        self,
-        images: Any = (),
-        question: str | None = None,
-        *,
-        messages: Any = None,
-        progress: OnProgress | None = None,
-        cancel: CancelToken | None = None,
-        **options: Unpack[AskKeywords],
+        self, images: Any = (), question: str | None = None, **how: Unpack[RequestKeywords]
     ) -> Answer:
         """Answer a question about pictures.
 
@@ -345,20 +314,17 @@ class EdgeVLM(Closing):
             images: one picture or a sequence of them, each a path, bytes, ``data:`` URL, PIL
                 image, array or what ``encode`` gave; none for text alone.
             question: what to ask.
-            messages: instead of both, a whole conversation in OpenAI's form.
-            progress: called after each tile, batch and token.
-            cancel: set it from another thread to stop.
-            options: those of ``AskOptions``: ``max_tokens``, ``temperature``, ``top_p``,
-                ``min_p``, ``seed``, ``max_tiles``, ``within``, ``system``, and one of ``schema``,
-                ``choices`` and ``regex``.
+            how: options of ``AskOptions`` (``max_tokens``, ``temperature``, ``top_p``, ``min_p``,
+                ``seed``, ``max_tiles``, ``within``, ``system``, and one of ``schema``, ``choices``
+                and ``regex``); ``messages``, a whole conversation in OpenAI's form instead of
+                pictures and a question; ``progress``, called after each tile, batch and token;
+                ``cancel``, a token that is set from another thread to stop.
 
         Raises:
             InputError: the request is invalid or too large for the KV budget.
             Cancelled: ``cancel`` was set.
         """
-        return self.stream(
-            images, question, messages=messages, progress=progress, cancel=cancel, **options
-        ).result()
+        return self.stream(images, question, **how).result()
 
     def stream(
         self,
