@@ -58,7 +58,7 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
         check_sanity(bundle, MachineSettings.from_environment())
         if against is not None:
-            from edge_vlm_export.proof.against import measure_bundle
+            from edge_vlm_export.steps.against import measure_bundle
 
             measured = measure_bundle(bundle, against, samples=samples, progress=steps.show)
     if as_json:

@@ -20,6 +20,7 @@ from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.config_file import read_part
 from edge_vlm_export.checkpoint.hub_client import Counter, Progress, bar, client
+from edge_vlm_export.checkpoint.new_folder import check_space, size_text
 from edge_vlm_export.checkpoint.tensors import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
@@ -27,7 +28,6 @@ from edge_vlm_export.checkpoint.tensors import (
     WEIGHTS_NAME,
     Index,
 )
-from edge_vlm_export.steps.folder import check_space, size_text
 
 Notice = Callable[[str], None]
 Room = tuple[Path, Callable[[Path], int]]  # where, and bytes by a folder with settings files

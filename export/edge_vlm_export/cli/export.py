@@ -141,8 +141,8 @@ def command(
     from edge_vlm.cli.display import Steps
     from edge_vlm_export import export_checkpoint
     from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+    from edge_vlm_export.checkpoint.new_folder import check_target
     from edge_vlm_export.steps.export import estimated_bytes
-    from edge_vlm_export.steps.folder import check_target
 
     check_target(out, force)  # before gigabytes are downloaded
     with Steps() as steps:

@@ -21,7 +21,7 @@ from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import Tokenizer
 from edge_vlm_export.families.llama_like import LlamaLike
-from edge_vlm_export.graph.tower import Tower
+from edge_vlm_export.graph.architecture import Tower
 
 # Mean and standard deviation of a random tensor's values.
 Spread = tuple[float, float]
