@@ -17,7 +17,7 @@ from edge_vlm_export import export_checkpoint
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.precision import Range, Recipe
-from edge_vlm_export.samples.calibration import CalibrationTiles, calibration_tiles, cut_pictures
+from edge_vlm_export.samples.crops import CalibrationTiles, calibration_tiles, cut_pictures
 from edge_vlm_export.vision.calibration import calibrate
 from edge_vlm_export.vision.error_budget import Loss, fit, loss
 from edge_vlm_export.vision.smoothing import Inputs, clipped_range, input_range, round_to

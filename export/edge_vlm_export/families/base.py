@@ -42,6 +42,7 @@ class Family(ABC):
     """One family; there is a single object of each."""
 
     name: ClassVar[str]  # the runtime family's
+    summary: ClassVar[str]  # what its models are made of, in a few words
     model_types: ClassVar[tuple[str, ...]]  # in config.json
     # What a download has to have besides config.json and the weights, and what it takes if there.
     required_files: ClassVar[tuple[str, ...]]

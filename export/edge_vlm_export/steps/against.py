@@ -17,8 +17,8 @@ from edge_vlm_export.proof.decoder_report import (
     measuring_prompts,
     source_name,
 )
-from edge_vlm_export.samples.calibration import chosen_tiles
 from edge_vlm_export.samples.conversations import read_samples
+from edge_vlm_export.samples.crops import chosen_tiles
 from edge_vlm_export.samples.prompts import PromptMaker
 from edge_vlm_export.steps.description import build_manifest
 from edge_vlm_export.vision.vision_file import measure_vision

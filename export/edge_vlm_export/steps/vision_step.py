@@ -9,9 +9,9 @@ from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES
 from edge_vlm_export.graph.precision import Recipe
-from edge_vlm_export.samples.calibration import chosen_tiles
+from edge_vlm_export.samples.crops import chosen_tiles
 from edge_vlm_export.steps.choices import VisionChoice
-from edge_vlm_export.vision.graph import PRODUCER, build_vision
+from edge_vlm_export.vision.assembly import PRODUCER, build_vision
 from edge_vlm_export.vision.vision_file import largest_bytes, write_vision
 
 

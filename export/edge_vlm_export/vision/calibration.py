@@ -9,7 +9,7 @@ import numpy as np
 from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph.architecture import Stage
 from edge_vlm_export.graph.precision import Range, Recipe
-from edge_vlm_export.samples.calibration import CalibrationTiles
+from edge_vlm_export.samples.crops import CalibrationTiles
 from edge_vlm_export.vision.smoothing import Inputs, choose_factors, clipped_range, observer
 from edge_vlm_export.vision.stagewise import StagedTower
 

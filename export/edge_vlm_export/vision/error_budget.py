@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph.precision import HIGHER, Recipe
-from edge_vlm_export.samples.calibration import CalibrationTiles
+from edge_vlm_export.samples.crops import CalibrationTiles
 from edge_vlm_export.vision.stagewise import StagedTower, State
 
 # The worst hundredth of the tokens may be this many times as far from 1 as the mean.

@@ -14,10 +14,10 @@ from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES, Written
 from edge_vlm_export.graph.precision import QUANTIZED, Recipe
-from edge_vlm_export.samples.calibration import CalibrationTiles
+from edge_vlm_export.samples.crops import CalibrationTiles
+from edge_vlm_export.vision.assembly import PRODUCER, build_vision
 from edge_vlm_export.vision.calibration import calibrate
 from edge_vlm_export.vision.error_budget import Loss, fit, loss
-from edge_vlm_export.vision.graph import PRODUCER, build_vision
 from edge_vlm_export.vision.stagewise import StagedTower, session
 
 Progress = Callable[[int, int], None]  # stages done, stages known so far

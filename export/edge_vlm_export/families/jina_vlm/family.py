@@ -38,6 +38,7 @@ class JinaVLM(Family):
     """SigLIP2 with attention pooling, and Qwen3 with additional ids for parts of a picture."""
 
     name = "jina-vlm"
+    summary = "SigLIP2, attention pooling, Qwen3"
     model_types = ("jvlm",)
     required_files = (
         "preprocessor_config.json",

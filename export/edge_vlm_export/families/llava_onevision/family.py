@@ -22,6 +22,7 @@ class LlavaOneVision(Family):
     """SigLIP, an MLP and Qwen2."""
 
     name = "llava-onevision"
+    summary = "SigLIP, an MLP, Qwen2"
     model_types = ("llava_onevision",)
     required_files = ("tokenizer.json",)
     optional_files = (
