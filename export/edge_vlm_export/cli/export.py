@@ -28,6 +28,17 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
     ctx.default_map = {**(ctx.default_map or {}), **read_recipe(value).options()}
 
 
+def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    """List what ``families/`` and other packages add."""
+    if not wanted:
+        return
+    from edge_vlm_export.families.registry import families
+
+    for name, family in families().items():
+        click.echo(f"{name}: {family.summary} (model_type {', '.join(family.model_types)})")
+    ctx.exit()
+
+
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -84,6 +95,14 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
     help="Choose the other options for a device: pi-4gb, pi-8gb, jetson-orin-nano, laptop, best, or"
     " a .toml file. `list` shows what they choose and why.",
 )
+@click.option(
+    "--list-families",
+    callback=_families,
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    help="Show the families of models that can be exported.",
+)
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option(
     "--calibrate",
@@ -124,11 +143,12 @@ def command(
     name: str | None,
     force: bool,
 ) -> None:
-    """Turn a jina-vlm CHECKPOINT into a bundle.
+    """Turn a CHECKPOINT into a bundle.
 
     CHECKPOINT is a folder, or the name of a model on the Hugging Face Hub, OWNER/MODEL[@REVISION],
     which is downloaded into the hub's own cache; HF_TOKEN or `hf auth login` give access to private
-    ones. An existing folder of that name wins.
+    ones. An existing folder of that name wins. Its config.json tells which family of models it is
+    of; --list-families shows those that are known.
 
     Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
     bundle.json. OUT appears only when it is complete and verified.
@@ -141,8 +161,9 @@ def command(
     from edge_vlm.cli.display import Steps
     from edge_vlm_export import export_checkpoint
     from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+    from edge_vlm_export.checkpoint.new_folder import check_target
+    from edge_vlm_export.families.registry import download_files
     from edge_vlm_export.steps.export import estimated_bytes
-    from edge_vlm_export.steps.folder import check_target
 
     check_target(out, force)  # before gigabytes are downloaded
     with Steps() as steps:
@@ -150,6 +171,7 @@ def command(
         if isinstance(source, HubName):
             source = fetch(
                 source,
+                download_files,
                 offline=offline,
                 progress=steps.show,
                 notice=steps.say,

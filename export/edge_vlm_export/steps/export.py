@@ -16,10 +16,10 @@ from edge_vlm.bundle.manifest import (
 )
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
-from edge_vlm_export.families.model import Description, Model
-from edge_vlm_export.steps.folder import check_space, check_target, size_text, staged
-from edge_vlm_export.steps.manifest import build_manifest, model_identity, record_files, unhashed
-from edge_vlm_export.steps.progress import Progress, Stage
+from edge_vlm_export.checkpoint.new_folder import check_space, check_target, size_text, staged
+from edge_vlm_export.counted import Counted, Progress
+from edge_vlm_export.families.opened import Description, Model
+from edge_vlm_export.steps.description import build_manifest, model_identity, record_files, unhashed
 
 
 def export_checkpoint(
@@ -81,16 +81,14 @@ def export_checkpoint(
         EdgeVLMError: writing failed, or the bundle loses more than the limits allow.
     """
     # The libraries of the export extra are needed from here on only.
-    from edge_vlm_export.decoder.write import DecoderChoice, DecoderExport, check_choice
-    from edge_vlm_export.graph.precision import PRECISIONS, TARGETS
-    from edge_vlm_export.steps.open_check import verify_bundle
-    from edge_vlm_export.vision.write import VisionExport
+    from edge_vlm_export.proof.open_check import verify_bundle
+    from edge_vlm_export.steps.choices import DecoderChoice, VisionChoice
+    from edge_vlm_export.steps.decoder_step import DecoderExport
+    from edge_vlm_export.steps.vision_step import VisionExport
 
     checkpoint, out = Path(checkpoint), Path(out)
-    check_choice("vision", vision, PRECISIONS)
-    check_choice("target", target, TARGETS)
-    if not 0 < min_cosine < 1:
-        raise InputError("min-cosine: must be between 0 and 1")
+    batch = 1 if static_shapes else None
+    wanted = VisionChoice(vision, target, batch, min_cosine, calibrate, measure)
     choice = DecoderChoice(
         decoder, decoder_head, decoder_embedding, calibrate, measure, max_divergence
     )
@@ -104,15 +102,7 @@ def export_checkpoint(
 
     model = Model(checkpoint)
     identity = model_identity(model, name)
-    seeing = VisionExport(
-        model,
-        precision=vision,
-        target=target,
-        batch=1 if static_shapes else None,
-        min_cosine=min_cosine,
-        calibrate=calibrate,
-        measure=measure,
-    )
+    seeing = VisionExport(model, wanted)
     decoding = DecoderExport(model, choice)
     _announce(seeing.total_bytes + decoding.total_bytes, decoding.scratch_bytes, out.parent, notice)
 
@@ -137,10 +127,10 @@ def export_checkpoint(
             )
         files.append(folder / DECODER_NAME)
         n_written = sum(path.stat().st_size for path in files)
-        records = record_files(files, Stage("hash", n_written, progress))
+        records = record_files(files, Counted("hash", n_written, progress).reach)
         text = manifest(records, report).to_json()
         (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
-        verified = Stage("verify", n_written, progress)
+        verified = Counted("verify", n_written, progress)
         verify_bundle(folder)
         verified(n_written)
     return out

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
-from edge_vlm.bundle.report import MAX_DIVERGENCE, Calibration, DecoderFile, DecoderReport
-from edge_vlm.errors import InputError
+from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
 from edge_vlm.machine.settings import MachineSettings
+from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.decoder import imatrix
 from edge_vlm_export.decoder.gguf_file import (
-    UNQUANTIZED,
     exact_precision,
     plan_decoder,
     write_decoder,
 )
 from edge_vlm_export.decoder.quantizer import (
-    MIXTURES,
-    TENSOR_TYPES,
     Stored,
     head_types,
     quantize_decoder,
@@ -28,58 +24,19 @@ from edge_vlm_export.decoder.quantizer import (
     save_imatrix,
 )
 from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.families.model import Model
-from edge_vlm_export.proof.prompts import Prompt, PromptMaker
-from edge_vlm_export.proof.report import (
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.proof.decoder_report import (
     decoder_file,
     decoder_report,
     measuring_prompts,
     source_name,
 )
 from edge_vlm_export.samples.conversations import read_samples, split
-from edge_vlm_export.steps.progress import Progress, Stage
+from edge_vlm_export.samples.prompts import Prompt, PromptMaker
+from edge_vlm_export.steps.choices import DecoderChoice
 
 _SCRATCH_NAME = "decoder.tmp"
 _IMATRIX_NAME = "imatrix.tmp"
-
-
-@dataclass(frozen=True)
-class DecoderChoice:
-    """What is wanted of the decoder; see ``export_checkpoint``.
-
-    Raises:
-        InputError: an option is unknown or fits no other.
-    """
-
-    kind: str
-    head: str | None = None
-    embedding: str | None = None
-    calibrate: str | Path | None = None
-    measure: bool | None = None
-    max_divergence: float = MAX_DIVERGENCE
-
-    def __post_init__(self) -> None:
-        check_choice("decoder", self.kind, (*MIXTURES, *UNQUANTIZED))
-        for option, value in (("head", self.head), ("embedding", self.embedding)):
-            if value is not None:
-                check_choice(f"decoder-{option}", value, TENSOR_TYPES)
-                self._needs_mixture(f"decoder-{option}")
-        if self.calibrate is not None:
-            self._needs_mixture("calibrate")
-        if not 0 < self.max_divergence < math.inf:
-            raise InputError("max-divergence: must be a positive number")
-
-    @property
-    def quantized(self) -> bool:
-        """Whether llama.cpp's quantizer is needed."""
-        return self.kind in MIXTURES
-
-    def _needs_mixture(self, option: str) -> None:
-        if not self.quantized:
-            raise InputError(
-                f"{option}: {self.kind} stores every weight alike; choose one of"
-                f" {', '.join(MIXTURES)}"
-            )
 
 
 class DecoderExport:
@@ -141,9 +98,9 @@ class DecoderExport:
             self._outputs,
             precision=self._precision,
             name=name,
-            written=Stage("decoder", self.n_bytes, progress),
+            written=Counted("decoder", self.n_bytes, progress),
         )
-        calibrating, measuring = self._prompts(bundle, path, progress)
+        calibrating, measuring = self._prompts(bundle, progress)
         stored = [
             Stored(output.name, output.kind.name.lower(), math.prod(output.shape), output.n_bytes)
             for output in self._outputs
@@ -166,7 +123,7 @@ class DecoderExport:
                 head=self._head,
                 embedding=self._embedding,
                 imatrix=matrix,
-                progress=Stage("quantize", self._n_quantized, progress).reach,
+                progress=Counted("quantize", self._n_quantized, progress).reach,
             )
             scratch.replace(path)
             if matrix:
@@ -180,20 +137,19 @@ class DecoderExport:
                 source=source_name(self._choice.calibrate),
                 max_divergence=self._choice.max_divergence,
                 threads=self._threads,
-                progress=Stage("compare", 0, progress).reach,
+                progress=Counted("compare", 0, progress).reach,
             )
         return decoder_file(path.stat().st_size, stored, calibration), report
 
     def _prompts(
-        self, bundle: Callable[[], Bundle], gguf: Path, progress: Progress | None
+        self, bundle: Callable[[], Bundle], progress: Progress | None
     ) -> tuple[list[Prompt], list[Prompt]]:
         """Those to calibrate with and those to measure on; the engines are freed again."""
         if self._samples is None and not self._measure:
             return [], []
-        stage = Stage("examples", 0, progress)
-        template = self._model.settings.chat_template
+        stage = Counted("examples", 0, progress)
         calibrating: list[Prompt] = []
-        with PromptMaker(bundle(), gguf, template, self._threads) as maker:
+        with PromptMaker(bundle(), self._threads) as maker:
             for sample in split(self._samples)[0] if self._samples else ():
                 calibrating.append(maker.make(sample))
                 stage.reach(len(calibrating), len(self._samples or ()))
@@ -214,16 +170,6 @@ class DecoderExport:
         if not prompts:
             return None
         reference = Reference(self._model)
-        stage = Stage("importance", self._model.text.n_layers, progress)
+        stage = Counted("importance", self._model.text.n_layers, progress)
         save_imatrix(path, imatrix.collect(reference, prompts, stage.reach))
         return path
-
-
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Raises:
-        InputError: it is not.
-    """
-    if value not in choices:
-        raise InputError(f"{option}: {value!r} is none of {', '.join(choices)}")

@@ -15,11 +15,13 @@ from edge_vlm.errors import InputError
 from edge_vlm.families.base import Tiles
 from edge_vlm.pictures.image import load_image
 from edge_vlm_export.checkpoint.tensors import Float32
-from edge_vlm_export.families.model import Description
+from edge_vlm_export.families.opened import Description
 
 BUILTIN = "builtin"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 MAX_FILES = 10_000
+QUICK_TILES = 2  # measured with when no calibration was asked for
+CALIBRATION_TILES = 16
 _WORDS = "receipt total date 2024 paper street open Montag señal 3.50 % north invoice été 17:45"
 _SIZE = 512
 
@@ -45,6 +47,16 @@ class CalibrationTiles:
 
     def __len__(self) -> int:
         return len(self.crops)
+
+
+def chosen_tiles(calibrate: str | Path | None, model: Description) -> CalibrationTiles:
+    """As many as an export uses with this choice of ``calibrate``.
+
+    Raises:
+        InputError, ImageError: see ``calibration_tiles``.
+    """
+    limit = CALIBRATION_TILES if calibrate else QUICK_TILES
+    return calibration_tiles(calibrate or BUILTIN, model, limit)
 
 
 def calibration_tiles(source: str | Path, model: Description, limit: int) -> CalibrationTiles:

@@ -8,22 +8,20 @@ from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError
 from edge_vlm.machine.settings import MachineSettings
+from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.decoder.quantizer import stored_tensors
-from edge_vlm_export.families.model import Model
-from edge_vlm_export.proof.prompts import PromptMaker
-from edge_vlm_export.proof.report import (
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.proof.decoder_report import (
     decoder_file,
     decoder_report,
     measuring_prompts,
     source_name,
 )
-from edge_vlm_export.samples.conversations import BUILTIN, read_samples
-from edge_vlm_export.samples.tiles import calibration_tiles
-from edge_vlm_export.steps.manifest import build_manifest
-from edge_vlm_export.steps.progress import Progress, Stage
-from edge_vlm_export.vision.quantization import CALIBRATION_TILES, QUICK_TILES, measure_file
-from edge_vlm_export.vision.stages import StagedTower
-from edge_vlm_export.vision.write import vision_report
+from edge_vlm_export.samples.conversations import read_samples
+from edge_vlm_export.samples.crops import chosen_tiles
+from edge_vlm_export.samples.prompts import PromptMaker
+from edge_vlm_export.steps.description import build_manifest
+from edge_vlm_export.vision.vision_file import measure_vision
 
 _SAME = ("image_processor", "tokens", "prompt")
 
@@ -69,29 +67,19 @@ def measure_bundle(
         if getattr(expected, part) != getattr(manifest, part):
             raise CheckpointError(f"{checkpoint}: is another model than the bundle's ({part})")
 
-    tiles = calibration_tiles(
-        samples or BUILTIN, model, CALIBRATION_TILES if samples else QUICK_TILES
-    )
-    vision_files = [name for name in manifest.files if name.startswith(VISION_NAME)]
-    tower = StagedTower(model)
     seen = stored.vision if stored else None
-    vision = vision_report(
-        measure_file(
-            model,
-            bundle.file(VISION_NAME),
-            tiles,
-            Stage("compare vision", 0, progress).reach,
-        ),
-        n_tiles=len(tiles),
+    vision = measure_vision(
+        model,
+        bundle.file(VISION_NAME),
+        sum(record.size for name, record in manifest.files.items() if name.startswith(VISION_NAME)),
+        chosen_tiles(samples, model),
         min_cosine=seen.min_cosine if seen else MIN_COSINE,
-        n_bytes=sum(manifest.files[name].size for name in vision_files),
-        n_weights=tower.n_weights,
-        n_products=len(tower.products),
         kept=seen.kept if seen else (),
+        progress=Counted("compare vision", 0, progress).reach,
     )
     gguf = bundle.file(DECODER_NAME)
-    examples = Stage("examples", 0, progress)
-    with PromptMaker(bundle, gguf, model.settings.chat_template, threads) as maker:
+    examples = Counted("examples", 0, progress)
+    with PromptMaker(bundle, threads) as maker:
         chosen = read_samples(samples) if samples else None
         prompts = measuring_prompts(chosen, maker, examples.reach)
     limit = stored.decoder.max_divergence if stored and stored.decoder else MAX_DIVERGENCE
@@ -102,7 +90,7 @@ def measure_bundle(
         source=source_name(samples),
         max_divergence=limit,
         threads=threads,
-        progress=Stage("compare", 0, progress).reach,
+        progress=Counted("compare", 0, progress).reach,
     )
     calibration = stored.decoder_file.calibration if stored else None
     file = decoder_file(manifest.files[DECODER_NAME].size, stored_tensors(gguf), calibration)

@@ -10,10 +10,10 @@ import numpy as np
 
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
 from edge_vlm_export.decoder.quantizer import Stored
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.fidelity import compare
-from edge_vlm_export.proof.prompts import Prompt, PromptMaker
 from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_samples, split
+from edge_vlm_export.samples.prompts import Prompt, PromptMaker
 
 ENOUGH_POSITIONS = 512  # of held-out prompts when nothing is calibrated
 MAX_LIKELIHOOD = 600.0  # nats; keeps a perplexity finite
