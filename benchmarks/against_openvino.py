@@ -30,7 +30,7 @@ from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import circumstances
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for, load_tuning
 
 OWN, OTHER = "edge-vlm", "OpenVINO"

@@ -16,7 +16,7 @@ from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import engine_defaults
 from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for, load_tuning
 
 OWN, BASELINE = "edge-vlm", "engines' defaults"

@@ -1,74 +1,38 @@
-"""A child process that measures: ``bench`` and ``tune`` talk to it in lines of JSON.
-
-A process of its own has a peak of memory of its own, and libgomp reads how patient its threads
-are only when it is loaded.
-"""
+"""What a ``Worker`` measures: this module is the child process, which answers lines of JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+import psutil
+
+from edge_vlm.answering.conversation import Conversation
+from edge_vlm.answering.model import Chat, EdgeVLM
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.errors import EdgeVLMError
+from edge_vlm.families.registry import family_of
+from edge_vlm.machine.engine_settings import EngineSettings
+from edge_vlm.machine.memory import peak_rss_bytes
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.pictures.tower import VisionTower
+
+if TYPE_CHECKING:
+    from edge_vlm.answering.answer import AskKeywords
 
 QUESTION = "What is in this picture?"
 
 
-class Worker:
-    """The child process, seen from the parent.
-
-    ``with Worker() as worker: worker.call("answer", model=..., ...)``
-    """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge_vlm.measure.measurements"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-
-    def call(self, task: str, **request: Any) -> dict[str, Any]:
-        """Run a task of this module.
-
-        Raises:
-            EdgeVLMError: it failed, or the process died.
-        """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise EdgeVLMError("the measuring process has no pipes")
-        try:
-            stdin.write(json.dumps({"task": task, **request}) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            code = self._process.wait()
-            raise EdgeVLMError(f"the measuring process ended with code {code}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EdgeVLMError(str(answer["error"]))
-        return answer
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-class _Measurements:
-    """The child's side. What was loaded stays until a request needs it otherwise."""
+class Measurements:
+    """Tasks of a ``Worker``. What was loaded stays until a request needs it otherwise."""
 
     def __init__(self) -> None:
         self._decoder: tuple[Any, Any] = (None, None)
@@ -84,14 +48,6 @@ class _Measurements:
         max_tiles: int | None = None,
     ) -> dict[str, Any]:
         """Load a model and answer one question about a random picture of ``size``."""
-        import numpy as np
-
-        from edge_vlm.answering.answer import AskKeywords
-        from edge_vlm.answering.conversation import Conversation
-        from edge_vlm.answering.model import Chat, EdgeVLM
-        from edge_vlm.machine.memory import peak_rss_bytes
-        from edge_vlm.machine.settings import MachineSettings
-
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
         started = time.perf_counter()
         vlm = EdgeVLM.load(model, settings=MachineSettings(**settings).without_cache())
@@ -139,12 +95,6 @@ class _Measurements:
         self, *, model: str, engines: dict[str, Any], kv_type: str, prompt: int, answer: int
     ) -> dict[str, float]:
         """Seconds to prefill ``prompt`` positions and to decode ``answer`` tokens behind them."""
-        import gc
-
-        from edge_vlm.bundle.manifest import Bundle
-        from edge_vlm.decoder.decoder import Decoder
-        from edge_vlm.machine.engine_settings import EngineSettings
-
         key = [model, kv_type, engines["repack"], engines["mmap"]]
         fresh = key != self._decoder[0]
         if fresh:
@@ -171,13 +121,6 @@ class _Measurements:
 
     def vision(self, *, model: str, engines: dict[str, Any], crops: int) -> dict[str, float]:
         """Seconds to encode ``crops`` random tiles."""
-        import numpy as np
-
-        from edge_vlm.bundle.manifest import Bundle
-        from edge_vlm.families.registry import family_of
-        from edge_vlm.machine.engine_settings import EngineSettings
-        from edge_vlm.pictures.tower import VisionTower
-
         fresh = [model, engines] != self._tower[0]
         if fresh:
             self._tower = (None, None)
@@ -197,11 +140,6 @@ class _Measurements:
 
     def load(self, *, model: str, engines: dict[str, Any]) -> dict[str, float]:
         """Seconds from the start of the process to a loaded model, vision tower included."""
-        import psutil
-
-        from edge_vlm.answering.model import EdgeVLM
-        from edge_vlm.machine.settings import MachineSettings
-
         settings = MachineSettings(**engines, residency="together").without_cache()
         with EdgeVLM.load(model, settings=settings) as vlm:
             vlm.engine.vision.load()
@@ -211,7 +149,7 @@ class _Measurements:
 def main() -> None:
     """Answer requests from stdin until it ends."""
     with _stdout_for_answers() as answers:
-        measurements = _Measurements()
+        measurements = Measurements()
         for line in sys.stdin:
             request = json.loads(line)
             try:
