@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from edge_vlm_export.cli.export import require_extra
 
+from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import json_option, verbose_option
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     """
     if samples is not None and against is None:
         raise click.UsageError("--samples is for --against")
-    if against is not None:
-        require_extra("verify --against")
+    measure = exporter("measure_bundle", "verify --against") if against is not None else None
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.bundle.find import find_bundle
     from edge_vlm.bundle.manifest import Bundle
@@ -57,10 +56,8 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     with Steps() as steps:
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
         check_sanity(bundle, MachineSettings.from_environment())
-        if against is not None:
-            from edge_vlm_export.proof.against import measure_bundle
-
-            measured = measure_bundle(bundle, against, samples=samples, progress=steps.show)
+        if measure:
+            measured = measure(bundle, against, samples=samples, progress=steps.show)
     if as_json:
         data = {
             "path": str(bundle.path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import (
     engine_options,
     json_option,
@@ -154,14 +154,10 @@ def command(
 
 def _synthetic(config: str, recipe: str) -> Path:
     from edge_vlm.cli.display import Steps
-    from edge_vlm.errors import InputError
 
-    try:
-        exporter = importlib.import_module("edge_vlm_export.synthetic.bundle")
-    except ImportError as error:
-        raise InputError("--synthetic needs: pip install 'edge-vlm[export]'") from error
+    make = exporter("synthetic_bundle", "bench --synthetic")
     with Steps() as steps:
-        found: Path = exporter.cached_synthetic_bundle(config, recipe, progress=steps.show)
+        found: Path = make(config, recipe, progress=steps.show)
         return found
 
 
