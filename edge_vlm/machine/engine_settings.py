@@ -17,6 +17,9 @@ FLASH_ROWS = 512
 FLASH_TILE = 64
 # Largest batch where attention scores are held: they take memory and gain nothing beyond.
 SCORES_BATCH = 256
+# Element types of the KV cache, and bytes per element; in the quantized ones, blocks of 32
+# elements share a 2-byte scale.
+KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 FLASH_ATTENTION = ("off", "prefill", "on", "auto")  # auto: llama.cpp decides
 _LIMITS = {
     "threads": (1, 1024),

@@ -8,7 +8,7 @@ from edge_vlm.errors import BudgetError
 from edge_vlm.families.base import ImageProcessor
 from edge_vlm.families.registry import family_of
 from edge_vlm.families.sizes import Decoder
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import KV_TYPES
 
 CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
 DEFAULT_MAX_TOKENS = 512  # of an answer

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from edge_vlm.families.sizes import decoder_flops
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.planning.request import ModelSizes
 from edge_vlm.planning.speeds import Speeds
 

@@ -12,8 +12,7 @@ from typing import Any
 from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import EngineSettings
-from edge_vlm.machine.files import write_file
-from edge_vlm.machine.folders import config_folder, label
+from edge_vlm.machine.folders import config_folder, label, write_file
 from edge_vlm.machine.hardware import fingerprint
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning.speeds import Speeds
