@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.families.base import Box, ImageProcessor, Layout
 from edge_vlm.families.registry import family_of
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
+
+    from edge_vlm.families.base import Box, ImageProcessor, Layout
 
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

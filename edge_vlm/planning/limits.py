@@ -6,14 +6,12 @@ import logging
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from edge_vlm.errors import BudgetError
-from edge_vlm.families.base import ImageProcessor
 from edge_vlm.families.registry import family_of
-from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.hardware import family, memory_limit
 from edge_vlm.machine.memory import CAN_FORGET, available_bytes
-from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS, limit_tiles
 from edge_vlm.planning.request import (
@@ -23,7 +21,12 @@ from edge_vlm.planning.request import (
     RequestSettings,
     plan_request,
 )
-from edge_vlm.planning.speeds import Speeds
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import ImageProcessor
+    from edge_vlm.machine.engine_settings import EngineSettings
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.planning.speeds import Speeds
 
 SPARE = 0.9  # part of the memory that is available now which "auto" lays claim to
 _log = logging.getLogger(__name__)

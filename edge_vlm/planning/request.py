@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Manifest
 from edge_vlm.errors import InputError
-from edge_vlm.families.base import ImageProcessor
 from edge_vlm.families.registry import family_of
 from edge_vlm.families.sizes import Decoder, Vision, VisionWork, decoder_flops
 from edge_vlm.machine.engine_settings import FLASH_ROWS, KV_TYPES, SCORES_BATCH, flash_mode
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import context_size, limit_tiles
-from edge_vlm.planning.speeds import Speeds
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import ImageProcessor
+    from edge_vlm.planning.speeds import Speeds
 
 RESIDENCIES = ("together", "in-turns")
 QUESTION_TOKENS = 32  # of a chat template with a short question
