@@ -2,7 +2,7 @@
 
 Everything in a bundle is data of unknown origin. The manifest is bounded in size, parsed strictly
 and validated before a file it names is opened; names are plain file names, so no path leaves the
-folder; files are compared with their recorded size and SHA-256 (see ``verify.py``) before
+folder; files are compared with their recorded size and SHA-256 (see ``checksums.py``) before
 onnxruntime or llama.cpp sees them.
 """
 
