@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.families.base import Family, ImageProcessor, Prompt, Tokens
@@ -33,7 +34,6 @@ from edge_vlm.families.parts import Part, Printable
 from edge_vlm.families.registry import DEFAULT, find_family
 from edge_vlm.families.sizes import Decoder, Vision
 from edge_vlm.machine.folders import WINDOWS_DEVICE, label
-from edge_vlm.machine.json_text import first_problem, parse_json, read_bounded
 
 FORMAT_VERSION = 3  # 3 names its family, 2 has a report; jina-vlm's earlier ones are still read
 MANIFEST_NAME = "bundle.json"
