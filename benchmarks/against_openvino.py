@@ -30,7 +30,7 @@ from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import circumstances
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for, load_tuning
 
 OWN, OTHER = "edge-vlm", "OpenVINO"
@@ -96,11 +96,11 @@ def _own(bundle: Bundle, tiles: int, prompt: int, decoder: bool) -> dict[str, fl
     tuning = load_tuning(bundle.manifest)
     engines = asdict(engines_for(bundle.manifest, MachineSettings(), tuning))
     with Worker() as worker:
-        seen = worker.call("vision", model=str(bundle.path), engines=engines, crops=tiles)
+        seen = worker.measure("vision", model=str(bundle.path), engines=engines, crops=tiles)
     found = {"vision_seconds_per_tile": seen["vision"] / tiles}
     if decoder:
         with Worker() as worker:
-            told = worker.call(
+            told = worker.measure(
                 "decoder",
                 model=str(bundle.path),
                 engines=engines,

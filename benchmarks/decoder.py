@@ -22,7 +22,7 @@ from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.machine.engine_settings import engine_defaults
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import circumstances
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for
 
 DEFAULTS = "llama.cpp's defaults"
@@ -44,7 +44,7 @@ def main() -> None:
         for number in range(options.rounds):
             found = {}
             for (name, engines), worker in zip(settings.items(), (ours, theirs), strict=True):
-                seconds = worker.call(
+                seconds = worker.measure(
                     "decoder",
                     model=str(bundle.path),
                     engines=asdict(engines),

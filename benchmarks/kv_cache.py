@@ -17,7 +17,7 @@ from common import save
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.decoder import Decoder
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.measure.bench import circumstances
 
 POSITIONS = 2366  # 13 crops of 182 tokens: what the model's paper counts

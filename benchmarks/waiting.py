@@ -1,10 +1,10 @@
-"""What it brings and costs that llama.cpp's threads wait actively for each other, see patience.py.
+"""What it brings and costs that llama.cpp's threads wait actively for each other.
 
     python benchmarks/waiting.py BUNDLE
 
 In one process, in turns: always active ("patient"), never ("impatient"), and as edge-vlm decides,
 on a quiet machine and beside a loop that keeps a core busy. Speeds are ratios to "impatient" of the
-same round. The result is benchmarks/results/waiting.json.
+same round. edge_vlm/decoder/waiting.py says why. The result is benchmarks/results/waiting.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Write docs/commands.md from the commands' own help texts: python docs/generate_commands.py."""
+"""Write docs/commands.md from the commands' own help: python docs/generate_commands.py."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,4 +50,6 @@ def _block(title: str, text: str) -> str:
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv and TARGET.read_text(encoding="utf-8") != commands_page():
+        sys.exit(f"docs/{TARGET.name} is old: run python docs/generate_commands.py")
     TARGET.write_text(commands_page(), encoding="utf-8")

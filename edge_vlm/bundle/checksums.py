@@ -13,11 +13,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, EdgeVLMError
-from edge_vlm.machine.files import write_file
-from edge_vlm.machine.folders import cache_folder
+from edge_vlm.machine.folders import cache_folder, write_file
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
 
 ALWAYS_HASHED_BYTES = 64 << 20  # smaller files are hashed each time: it takes no time
 _CHUNK = 1 << 20

@@ -2,7 +2,7 @@
 
 Everything in a bundle is data of unknown origin. The manifest is bounded in size, parsed strictly
 and validated before a file it names is opened; names are plain file names, so no path leaves the
-folder; files are compared with their recorded size and SHA-256 (see ``verify.py``) before
+folder; files are compared with their recorded size and SHA-256 (see ``checksums.py``) before
 onnxruntime or llama.cpp sees them.
 """
 
@@ -26,13 +26,13 @@ from pydantic import (
     model_validator,
 )
 
+from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.families.base import DEFAULT, Family, ImageProcessor, Prompt, Tokens, find_family
 from edge_vlm.families.parts import Part, Printable
 from edge_vlm.families.sizes import Decoder, Vision
 from edge_vlm.machine.folders import WINDOWS_DEVICE, label
-from edge_vlm.machine.json_text import first_problem, parse_json, read_bounded
 
 FORMAT_VERSION = 3  # 3 names its family, 2 has a report; jina-vlm's earlier ones are still read
 MANIFEST_NAME = "bundle.json"

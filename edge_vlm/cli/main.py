@@ -12,7 +12,7 @@ import click
 from edge_vlm import __version__
 from edge_vlm.cli.session import Session
 from edge_vlm.errors import EdgeVLMError
-from edge_vlm.machine.plugins import load_plugin, plugins
+from edge_vlm.plugins import load_plugin, plugins
 
 GROUP = "edge_vlm.commands"  # entry points of other packages, each a click command
 _BUILT_IN = {  # room and help, so that listing them imports none

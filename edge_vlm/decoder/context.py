@@ -19,12 +19,12 @@ from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
     FLASH_ROWS,
     FLASH_TILE,
+    KV_TYPES,
     SCORES_BATCH,
     EngineSettings,
     flash_mode,
 )
 from edge_vlm.machine.memory import give_back_memory
-from edge_vlm.machine.settings import KV_TYPES
 from edge_vlm.planning.budget import context_size
 from edge_vlm.progress import CancelToken
 

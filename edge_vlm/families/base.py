@@ -24,7 +24,7 @@ from pydantic import Field
 from edge_vlm.errors import InputError
 from edge_vlm.families.parts import Part, SpecialText, TokenId
 from edge_vlm.families.sizes import Decoder, Vision, VisionWork
-from edge_vlm.machine.plugins import load_plugin, plugins
+from edge_vlm.plugins import load_plugin, plugins
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]

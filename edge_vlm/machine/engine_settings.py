@@ -17,6 +17,9 @@ FLASH_ROWS = 512
 FLASH_TILE = 64
 # Largest batch where attention scores are held: they take memory and gain nothing beyond.
 SCORES_BATCH = 256
+# Element types of the KV cache, and bytes per element; in the quantized ones, blocks of 32
+# elements share a 2-byte scale.
+KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 FLASH_ATTENTION = ("off", "prefill", "on", "auto")  # auto: llama.cpp decides
 _LIMITS = {
     "threads": (1, 1024),
@@ -97,7 +100,7 @@ def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
     18096, 19356, 19360). On x86 they were slower here than the plain ones, which unpack a weight
     once for up to 256 positions; but q4_0 has no such plain ones.
     A thread that always spins takes the core, on a busy machine, away from the thread it waits
-    for; without it ``patience`` decides for llama.cpp. Two tiles side by side are faster than one
+    for; without it ``waiting`` decides for llama.cpp. Two tiles side by side are faster than one
     after the other with all threads, which wait for each other after every operator. Flash
     attention makes prefill faster on x86 and decode slower; on ARM nobody measured it here.
 

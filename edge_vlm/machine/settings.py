@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from edge_vlm.errors import InputError
-from edge_vlm.machine.engine_settings import EngineSettings, check_engine_setting, untuned
+from edge_vlm.machine.engine_settings import (
+    KV_TYPES,
+    EngineSettings,
+    check_engine_setting,
+    untuned,
+)
 from edge_vlm.machine.folders import pictures_cache
 from edge_vlm.machine.providers import PROVIDER_CHOICES, parse_gpu_layers
 
 CACHE_SIZE = 4_000_000_000  # bytes
 MAX_PIXELS = 100_000_000  # of a picture
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
-# Bytes per element; blocks of 32 elements share a 2-byte scale in the quantized types.
-KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 # Whether the vision tower and the decoder are in memory at the same time.
 RESIDENCIES = ("auto", "together", "in-turns")
 

@@ -29,13 +29,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from edge_vlm.machine.settings import MachineSettings
+if TYPE_CHECKING:
+    from edge_vlm.machine.settings import MachineSettings
 
 FORMAT_VERSION = 1
 KINDS = ("tile", "prefix")

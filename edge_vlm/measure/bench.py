@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import engine_defaults
-from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for, load_tuning
+
+if TYPE_CHECKING:
+    from edge_vlm.machine.settings import MachineSettings
 
 OWN, BASELINE = "edge-vlm", "engines' defaults"
 LARGER_IS_BETTER = ("prefill_tokens_per_second", "decode_tokens_per_second")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.errors import DecoderError, VisionError
 from edge_vlm.families.base import family_of
-from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.tuning import engines_for
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
 from edge_vlm.prompt.messages import user_message
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.machine.settings import MachineSettings
 
 _QUESTION = "What is on the picture?"
 

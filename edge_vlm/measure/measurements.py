@@ -1,35 +1,33 @@
-"""A child process that measures, for ``bench`` and ``tune``.
-
-A process of its own has a peak of memory of its own, and libgomp reads how patient its threads
-are only when it is loaded.
-"""
+"""What a ``Worker`` measures, in its process."""
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_vlm.machine.child import Child
+import numpy as np
+import psutil
+
+from edge_vlm.answering.conversation import Conversation
+from edge_vlm.answering.model import Chat, EdgeVLM
+from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.families.base import family_of
+from edge_vlm.machine.engine_settings import EngineSettings
+from edge_vlm.machine.memory import peak_rss_bytes
+from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.pictures.tower import VisionTower
+
+if TYPE_CHECKING:
+    from edge_vlm.answering.answer import AskKeywords
 
 QUESTION = "What is in this picture?"
 
 
-class Worker(Child):
-    """A process that measures. What it loaded stays until a request needs it otherwise."""
-
-    def measure(self, name: str, **request: Any) -> dict[str, Any]:
-        """Call a method of ``Measurements``.
-
-        Raises:
-            EdgeVLMError: it failed, or the process died.
-        """
-        found: dict[str, Any] = self.call(f"{__name__}:MEASUREMENTS.{name}", **request)
-        return found
-
-
 class Measurements:
-    """The child's side."""
+    """Tasks of a ``Worker``. What was loaded stays until a request needs it otherwise."""
 
     def __init__(self) -> None:
         self._decoder: tuple[Any, Any] = (None, None)
@@ -45,14 +43,6 @@ class Measurements:
         max_tiles: int | None = None,
     ) -> dict[str, Any]:
         """Load a model and answer one question about a random picture of ``size``."""
-        import numpy as np
-
-        from edge_vlm.answering.answer import AskKeywords
-        from edge_vlm.answering.conversation import Conversation
-        from edge_vlm.answering.model import Chat, EdgeVLM
-        from edge_vlm.machine.memory import peak_rss_bytes
-        from edge_vlm.machine.settings import MachineSettings
-
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
         started = time.perf_counter()
         vlm = EdgeVLM.load(model, settings=MachineSettings(**settings).without_cache())
@@ -100,12 +90,6 @@ class Measurements:
         self, *, model: str, engines: dict[str, Any], kv_type: str, prompt: int, answer: int
     ) -> dict[str, float]:
         """Seconds to prefill ``prompt`` positions and to decode ``answer`` tokens behind them."""
-        import gc
-
-        from edge_vlm.bundle.manifest import Bundle
-        from edge_vlm.decoder.decoder import Decoder
-        from edge_vlm.machine.engine_settings import EngineSettings
-
         key = [model, kv_type, engines["repack"], engines["mmap"]]
         fresh = key != self._decoder[0]
         if fresh:
@@ -132,13 +116,6 @@ class Measurements:
 
     def vision(self, *, model: str, engines: dict[str, Any], crops: int) -> dict[str, float]:
         """Seconds to encode ``crops`` random tiles."""
-        import numpy as np
-
-        from edge_vlm.bundle.manifest import Bundle
-        from edge_vlm.families.base import family_of
-        from edge_vlm.machine.engine_settings import EngineSettings
-        from edge_vlm.pictures.tower import VisionTower
-
         fresh = [model, engines] != self._tower[0]
         if fresh:
             self._tower = (None, None)
@@ -158,11 +135,6 @@ class Measurements:
 
     def load(self, *, model: str, engines: dict[str, Any]) -> dict[str, float]:
         """Seconds from the start of the process to a loaded model, vision tower included."""
-        import psutil
-
-        from edge_vlm.answering.model import EdgeVLM
-        from edge_vlm.machine.settings import MachineSettings
-
         settings = MachineSettings(**engines, residency="together").without_cache()
         with EdgeVLM.load(model, settings=settings) as vlm:
             vlm.engine.vision.load()

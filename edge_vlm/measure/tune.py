@@ -21,7 +21,7 @@ from edge_vlm.machine.hardware import default_threads
 from edge_vlm.machine.memory import CAN_FORGET
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import now, versions
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.speeds import Speeds
 from edge_vlm.planning.tuning import Tuning, engines_for
 

@@ -13,16 +13,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import ImageError, InputError
 from edge_vlm.machine.folders import label
-from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.image import EXTRA_FORMATS, FORMATS, MAX_FILE_BYTES, load_image
-from edge_vlm.progress import CancelToken
+
+if TYPE_CHECKING:
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.progress import CancelToken
 
 COMMAND_SECONDS = 30.0
 

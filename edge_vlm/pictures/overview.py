@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.families.base import Box, ImageProcessor, Layout, family_of
+from edge_vlm.families.base import family_of
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
+
+    from edge_vlm.families.base import Box, ImageProcessor, Layout
 
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

@@ -13,19 +13,22 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.engines import VisionTower
 from edge_vlm.errors import DecoderError, ImageError
-from edge_vlm.families.base import ImageProcessor, Tiles, family_of
-from edge_vlm.machine.settings import MachineSettings
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.pictures.image import load_image
 from edge_vlm.progress import CancelToken, OnProgress, Progress
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.engines import VisionTower
+    from edge_vlm.families.base import ImageProcessor, Tiles
+    from edge_vlm.machine.settings import MachineSettings
 
 Float32 = npt.NDArray[np.float32]
 _KIND = "tile"

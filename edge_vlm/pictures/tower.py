@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,15 @@ import numpy.typing as npt
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.bundle.onnx_files import external_files
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
-from edge_vlm.families.base import Tiles, family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm.machine.providers import open_session
-from edge_vlm.progress import CancelToken
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import Tiles
+    from edge_vlm.progress import CancelToken
 
 Float32 = npt.NDArray[np.float32]
 _QUIET = 4  # onnxruntime's severity "fatal"

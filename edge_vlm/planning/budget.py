@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from edge_vlm.errors import BudgetError
-from edge_vlm.families.base import ImageProcessor, family_of
-from edge_vlm.families.sizes import Decoder
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.families.base import family_of
+from edge_vlm.machine.engine_settings import KV_TYPES
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import ImageProcessor
+    from edge_vlm.families.sizes import Decoder
 
 CONTEXT_STEP = 256  # llama.cpp rounds a context up to a multiple of this many positions
 DEFAULT_MAX_TOKENS = 512  # of an answer

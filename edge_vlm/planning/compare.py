@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edge_vlm.families.others import OTHER_MODELS, OtherModel, Usage
 from edge_vlm.families.sizes import decoder_flops
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.planning.request import ModelSizes, plan_image

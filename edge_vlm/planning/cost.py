@@ -6,7 +6,7 @@ Bytes follow what llama.cpp and onnxruntime allocate; the constants say where ea
 from __future__ import annotations
 
 from edge_vlm.families.sizes import Decoder, block_weights
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.planning.budget import context_size
 
 # Interpreter, numpy, Pillow, pydantic, onnxruntime and llama.cpp before a model is loaded.

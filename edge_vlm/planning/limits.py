@@ -6,17 +6,27 @@ import logging
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from edge_vlm.errors import BudgetError
-from edge_vlm.families.base import ImageProcessor, family_of
-from edge_vlm.machine.engine_settings import EngineSettings
+from edge_vlm.families.base import family_of
 from edge_vlm.machine.hardware import family, memory_limit
 from edge_vlm.machine.memory import CAN_FORGET, available_bytes
-from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS, limit_tiles
-from edge_vlm.planning.request import ModelSizes, RequestPlan, RequestSettings, plan_request
-from edge_vlm.planning.speeds import Speeds
+from edge_vlm.planning.request import (
+    Memory,
+    ModelSizes,
+    RequestPlan,
+    RequestSettings,
+    plan_request,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import ImageProcessor
+    from edge_vlm.machine.engine_settings import EngineSettings
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.planning.speeds import Speeds
 
 SPARE = 0.9  # part of the memory that is available now which "auto" lays claim to
 _log = logging.getLogger(__name__)
@@ -77,7 +87,11 @@ def within_memory(
             least = plan
     if least is None:
         raise BudgetError("no settings to choose from")
-    memory = least.memory
+    raise _too_little(settings.ram, least.memory)
+
+
+def _too_little(ram: int, memory: Memory) -> BudgetError:
+    """What the smallest that is possible would need."""
     parts = (
         ("vision", memory.vision_weights + memory.onnxruntime_arena),
         ("decoder", memory.decoder_weights + memory.repacked_weights),
@@ -85,9 +99,9 @@ def within_memory(
         ("Python and picture", memory.python + memory.picture),
     )
     needs = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts)
-    raise BudgetError(
-        f"{settings.ram / 1e6:.0f} MB are too little by"
-        f" {(memory.peak - settings.ram) / 1e6:.0f} MB even with one tile"
+    return BudgetError(
+        f"{ram / 1e6:.0f} MB are too little by {(memory.peak - ram) / 1e6:.0f} MB"
+        " even with one tile"
         f"{' and taking turns' if memory.residency == 'in-turns' else ''} ({needs});"
         " a bundle of smaller precision would need less"
     )

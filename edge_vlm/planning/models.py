@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edge_vlm.errors import InputError
-from edge_vlm.families.base import DEFAULT, Released, family_names, family_of, find_family
+from edge_vlm.families.base import DEFAULT, family_names, family_of, find_family
 from edge_vlm.planning import cost
 from edge_vlm.planning.request import ModelSizes
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import Released
 
 VISION_BYTES = {
     "fp32": 4.0,

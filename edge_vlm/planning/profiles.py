@@ -8,11 +8,14 @@ says which.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from edge_vlm.families.sizes import decoder_flops
-from edge_vlm.machine.settings import KV_TYPES
-from edge_vlm.planning.request import ModelSizes
+from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.planning.speeds import Speeds
+
+if TYPE_CHECKING:
+    from edge_vlm.planning.request import ModelSizes
 
 _REFERENCE_TOKENS = 1024
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Manifest
 from edge_vlm.errors import InputError
-from edge_vlm.families.base import ImageProcessor, family_of
+from edge_vlm.families.base import family_of
 from edge_vlm.families.sizes import Decoder, Vision, VisionWork, decoder_flops
-from edge_vlm.machine.engine_settings import FLASH_ROWS, SCORES_BATCH, flash_mode
-from edge_vlm.machine.settings import KV_TYPES
+from edge_vlm.machine.engine_settings import FLASH_ROWS, KV_TYPES, SCORES_BATCH, flash_mode
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import context_size, limit_tiles
-from edge_vlm.planning.speeds import Speeds
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import ImageProcessor
+    from edge_vlm.planning.speeds import Speeds
 
 RESIDENCIES = ("together", "in-turns")
 QUESTION_TOKENS = 32  # of a chat template with a short question
@@ -243,6 +245,31 @@ def plan_request(
         context_size(prompt + settings.answer_tokens),
         context_size(decoder.max_sequence_length),
     )
+    return RequestPlan(
+        image=image,
+        prompt_tokens=prompt,
+        context=context,
+        flops=Flops(
+            vision=image.crops * work.tower_flops,
+            connector=image.crops * work.connector_flops,
+            prefill=decoder_flops(decoder, prompt),
+            decode=decoder_flops(decoder, 1, prompt),
+        ),
+        memory=_memory(model, processor, image, context, settings),
+        seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
+    )
+
+
+def _memory(
+    model: ModelSizes,
+    processor: ImageProcessor,
+    image: ImagePlan,
+    context: int,
+    settings: RequestSettings,
+) -> Memory:
+    """Of a request with one picture and ``context`` positions."""
+    decoder = model.decoder
+    width, height = image.size
     crop_bytes = 4 * math.prod(processor.crop_shape)
     decoder_weights, table, head, copies, held = _weights(model, settings)
     mode = flash_mode(settings.flash_attention, settings.kv_type, settings.batch_size)
@@ -251,14 +278,14 @@ def plan_request(
         own = _prompt_kv_bytes(decoder, settings, context, image.image_tokens)
         batch = min(batch, SCORES_BATCH)
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
-    memory = Memory(
+    return Memory(
         python=cost.PYTHON_BYTES,
         # Vectors twice: as encoded, and in the order of the prompt.
         picture=3 * width * height + image.crops * (crop_bytes + 2 * vector_bytes),
         vision_weights=model.parsed_bytes
         + round(model.vision_bytes * cost.VISION_GROWTH.get(model.vision.precision, 1.0)),
         onnxruntime_arena=cost.arena_bytes(
-            work.live_bytes,
+            model.work.live_bytes,
             settings.tiles_per_call,
             min(image.crops, settings.vision_streams + image.crops % settings.vision_streams),
         ),
@@ -276,19 +303,6 @@ def plan_request(
         if own
         else 0,
         residency=settings.residency,
-    )
-    return RequestPlan(
-        image=image,
-        prompt_tokens=prompt,
-        context=context,
-        flops=Flops(
-            vision=image.crops * work.tower_flops,
-            connector=image.crops * work.connector_flops,
-            prefill=decoder_flops(decoder, prompt),
-            decode=decoder_flops(decoder, 1, prompt),
-        ),
-        memory=memory,
-        seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
     )
 
 

@@ -7,16 +7,17 @@ import json
 import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import EngineSettings
-from edge_vlm.machine.files import write_file
-from edge_vlm.machine.folders import config_folder, label
+from edge_vlm.machine.folders import config_folder, label, write_file
 from edge_vlm.machine.hardware import fingerprint
-from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning.speeds import Speeds
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.machine.settings import MachineSettings
 
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 16  # of a file

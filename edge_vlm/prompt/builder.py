@@ -10,12 +10,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.errors import BundleError, PromptError
-from edge_vlm.pictures.picture import Picture
 from edge_vlm.prompt.messages import ImagePart, Message
 from edge_vlm.prompt.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.pictures.picture import Picture
 
 Tokenize = Callable[[str], list[int]]
 

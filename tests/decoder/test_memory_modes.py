@@ -21,11 +21,11 @@ from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.errors import InputError, VisionError
 from edge_vlm.machine.engine_settings import (
     FLASH_ATTENTION,
+    KV_TYPES,
     EngineSettings,
     engine_defaults,
     untuned,
 )
-from edge_vlm.machine.settings import KV_TYPES
 
 PICTURES = sorted((Path(__file__).parents[2] / "examples").rglob("*.[jp][pn]g"))[:2]
 QUESTION = "What is in the picture?"

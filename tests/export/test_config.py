@@ -11,7 +11,7 @@ from edge_vlm_export.checkpoint import config_file
 from edge_vlm_export.families.jina_vlm.config import read_settings
 from edge_vlm_export.families.jina_vlm.family import FAMILY
 
-from edge_vlm.machine.json_text import shorten
+from edge_vlm.bundle.json_text import shorten
 from tests.conftest import GOLDEN
 from tests.export_helpers import copy_checkpoint, edit_json, refused, set_key
 

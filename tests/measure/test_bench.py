@@ -13,7 +13,7 @@ from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import InputError
 from edge_vlm.measure.bench import Variant, bench
-from edge_vlm.measure.measurements import Worker
+from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.request import plan_image
 from tests.conftest import Run, assert_one_line
 

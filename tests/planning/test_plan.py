@@ -22,8 +22,8 @@ from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.families.jina_vlm.cost import VisionSizes
 from edge_vlm.families.jina_vlm.paper import efficiency_table
 from edge_vlm.families.others import OTHER_MODELS, OtherModel, Usage
+from edge_vlm.machine.engine_settings import KV_TYPES as KV_ELEMENT_BYTES
 from edge_vlm.machine.engine_settings import untuned
-from edge_vlm.machine.settings import KV_TYPES as KV_ELEMENT_BYTES
 from edge_vlm.planning import cost
 from edge_vlm.planning.compare import compare
 from edge_vlm.planning.models import DECODER_PRECISIONS, VISION_BYTES, model_sizes

@@ -32,8 +32,7 @@ def command(model: str | None, reset: bool) -> None:
         installed_names,
     )
     from edge_vlm.bundle.manifest import Bundle
-    from edge_vlm.machine.files import write_file
-    from edge_vlm.machine.folders import config_folder
+    from edge_vlm.machine.folders import config_folder, write_file
 
     choice = config_folder() / CHOICE_NAME
     if reset and model:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import json_option, verbose_option
 
 if TYPE_CHECKING:
@@ -41,25 +42,23 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     """
     if samples is not None and against is None:
         raise click.UsageError("--samples is for --against")
+    measure = exporter("measure_bundle", "verify --against") if against is not None else None
+
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.bundle.find import find_bundle
     from edge_vlm.bundle.manifest import Bundle
     from edge_vlm.cli.display import Steps
     from edge_vlm.errors import EdgeVLMError
-    from edge_vlm.machine.plugins import exporter
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.measure.check import check_sanity
 
-    measure_bundle = None
-    if against is not None:
-        measure_bundle = exporter("steps.against:measure_bundle", "verify --against")
     bundle = Bundle.open(find_bundle(model))
     report, measured = bundle.manifest.report, None
     with Steps() as steps:
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
         check_sanity(bundle, MachineSettings.from_environment())
-        if measure_bundle is not None:
-            measured = measure_bundle(bundle, against, samples=samples, progress=steps.show)
+        if measure:
+            measured = measure(bundle, against, samples=samples, progress=steps.show)
     if as_json:
         data = {
             "path": str(bundle.path),

@@ -44,7 +44,7 @@ def command(
     edge-vlm tiles page.png --model jina-vlm --max-tiles 6 -o tiles.png
     """
     from edge_vlm.cli.choose import image_processor
-    from edge_vlm.machine.files import write_file
+    from edge_vlm.machine.folders import write_file
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.pictures.image import load_image
     from edge_vlm.pictures.overview import draw_tiling

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import (
     engine_options,
     json_option,
@@ -153,11 +154,10 @@ def command(
 
 def _synthetic(config: str, recipe: str) -> Path:
     from edge_vlm.cli.display import Steps
-    from edge_vlm.machine.plugins import exporter
 
-    synthesize = exporter("synthetic.bundle:cached_synthetic_bundle", "--synthetic")
+    make = exporter("synthetic_bundle", "bench --synthetic")
     with Steps() as steps:
-        found: Path = synthesize(config, recipe, progress=steps.show)
+        found: Path = make(config, recipe, progress=steps.show)
         return found
 
 

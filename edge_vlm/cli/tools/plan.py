@@ -94,7 +94,7 @@ def command(
         return
     if image is None:
         raise click.UsageError("no picture; give a file or a size such as 2728x2046")
-    from edge_vlm.planning.limits import request_settings, tiles_within, within_memory
+    from edge_vlm.planning.limits import tiles_within
     from edge_vlm.planning.profiles import PROFILES
     from edge_vlm.planning.request import plan_request
     from edge_vlm.planning.tuning import load_tuning
@@ -106,35 +106,18 @@ def command(
         return
     profile = PROFILES[device] if device else None
     tuning = load_tuning(manifest) if manifest and not profile else None
-    precision = sizes.decoder.precision
-    machine, engines = _machine(precision, profile, request, ram, max_tiles, tuning)
-    family = profile.processor_family if profile else None
-    machine, engines = within_memory(machine, engines, sizes, processor_family=family)
-    speeds: Speeds | None = None
-    source = None
-    if profile:
-        speeds, source = profile.speeds(sizes, machine.kv_type), f"estimated for {profile.name}"
-    elif tuning:
-        speeds, source = tuning.speeds, "measured on this machine"
+    machine, engines = _machine(sizes, profile, request, ram, max_tiles, tuning)
+    speeds, source = _speeds(sizes, machine.kv_type, profile, tuning)
     max_tiles = machine.max_tiles
     if within is not None:
         max_tiles = tiles_within(within, [(width, height)], sizes, machine, engines, speeds)
-    request["answer_tokens"] = request.pop("max_tokens")
-    settings = dataclasses.replace(
-        request_settings(machine, engines, processor_family=family),
-        **{key: value for key, value in request.items() if value is not None},
-    )
+    settings = _settings(machine, engines, profile, request)
     plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
     if as_json:
-        data = plan.to_dict()
-        if profile:
-            data["device"] = dataclasses.asdict(profile)
+        data = plan.to_dict() | ({"device": dataclasses.asdict(profile)} if profile else {})
         click.echo(json.dumps({**data, "seconds_from": source}))
-        return
-    _show(plan, sizes, settings, source, profile)
-    if profile and session().verbose:
-        for line in profile.sources:
-            click.echo(f"estimated from {line}", err=True)
+    else:
+        _show(plan, sizes, settings, source, profile)
 
 
 def _model(
@@ -173,26 +156,60 @@ def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> 
 
 
 def _machine(
-    precision: str,
+    sizes: ModelSizes,
     profile: DeviceProfile | None,
     request: dict[str, Any],
     ram: int | None,
     max_tiles: int | None,
     tuning: Tuning | None,
 ) -> tuple[MachineSettings, EngineSettings]:
-    """Settings of this machine, or of another; what they take of ``request`` leaves it."""
+    """Settings of this machine, or of another, with which the model fits in its memory.
+
+    What they take of ``request`` leaves it.
+    """
     from edge_vlm.machine.engine_settings import untuned
     from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.planning.limits import within_memory
 
     given = {"kv_type": request.pop("kv_type"), "residency": request.pop("residency")}
     machine = MachineSettings.from_environment(ram=ram, max_tiles=max_tiles, **given)
     if machine.ram is None and machine.residency == "auto":
         machine = dataclasses.replace(machine, residency="together")
+    precision = sizes.decoder.precision
     if profile:
-        there = untuned(precision, arm=profile.processor_family == "arm")
-        return machine, machine.engine_settings(there)
+        family = profile.processor_family
+        there = machine.engine_settings(untuned(precision, arm=family == "arm"))
+        return within_memory(machine, there, sizes, processor_family=family)
     tuned = tuning.settings if tuning else None
-    return machine, machine.engine_settings(tuned, precision=precision)
+    return within_memory(machine, machine.engine_settings(tuned, precision=precision), sizes)
+
+
+def _settings(
+    machine: MachineSettings,
+    engines: EngineSettings,
+    profile: DeviceProfile | None,
+    request: dict[str, Any],
+) -> RequestSettings:
+    """What follows from the machine's, and what was given."""
+    from edge_vlm.planning.limits import request_settings
+
+    request["answer_tokens"] = request.pop("max_tokens")
+    family = profile.processor_family if profile else None
+    return dataclasses.replace(
+        request_settings(machine, engines, processor_family=family),
+        **{key: value for key, value in request.items() if value is not None},
+    )
+
+
+def _speeds(
+    sizes: ModelSizes, kv_type: str, profile: DeviceProfile | None, tuning: Tuning | None
+) -> tuple[Speeds | None, str | None]:
+    """Speeds, and where they come from; None if nobody knows them."""
+    if profile:
+        return profile.speeds(sizes, kv_type), f"estimated for {profile.name}"
+    if tuning:
+        return tuning.speeds, "measured on this machine"
+    return None, None
 
 
 def _show(
@@ -243,6 +260,9 @@ def _show(
         lines.append(("seconds", f"not measured here; --device estimates: {', '.join(DEVICES)}"))
     for label, value in lines:
         click.echo(f"{label:<13} {value}")
+    if profile and session().verbose:
+        for line in profile.sources:
+            click.echo(f"estimated from {line}", err=True)
 
 
 def _components(memory: Memory) -> tuple[tuple[str, int], ...]:

@@ -21,8 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from edge_vlm.errors import CheckpointError
-from edge_vlm.machine.json_text import (
+from edge_vlm.bundle.json_text import (
     decode,
     explain,
     kind,
@@ -31,6 +30,7 @@ from edge_vlm.machine.json_text import (
     shorten,
     wrong,
 )
+from edge_vlm.errors import CheckpointError
 
 MAX_JSON_BYTES = 4 << 20
 MAX_VOCABULARY = 1 << 24

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.bundle.json_text import shorten
 from edge_vlm.errors import CheckpointError
-from edge_vlm.machine.json_text import shorten
 from edge_vlm_export.checkpoint.config_file import Part, parse_object, read_part
 
 WEIGHTS_NAME = "model.safetensors"

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, field_validator
 
+from edge_vlm.bundle.json_text import shorten, wrong
 from edge_vlm.errors import CheckpointError
-from edge_vlm.machine.json_text import shorten, wrong
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,
     Off,

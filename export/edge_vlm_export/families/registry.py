@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_vlm.bundle.json_text import shorten
 from edge_vlm.errors import CheckpointError
-from edge_vlm.machine.json_text import shorten
-from edge_vlm.machine.plugins import load_plugin, plugins
+from edge_vlm.plugins import load_plugin, plugins
 from edge_vlm_export.checkpoint.config_file import read_object
 
 if TYPE_CHECKING:

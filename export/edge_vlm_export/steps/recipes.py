@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edge_vlm.bundle.json_text import first_problem
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import untuned
-from edge_vlm.machine.json_text import first_problem
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.planning.limits import request_settings
 from edge_vlm.planning.models import model_sizes

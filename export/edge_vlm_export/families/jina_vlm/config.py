@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from edge_vlm.bundle.json_text import shorten, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-from edge_vlm.machine.json_text import shorten, wrong
 from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, Strict, ValidationError, model_validator
 
+from edge_vlm.bundle.json_text import first_problem, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-from edge_vlm.machine.json_text import first_problem, wrong
 from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
