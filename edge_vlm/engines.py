@@ -146,10 +146,6 @@ class Decoder(Protocol):
         """What a KV cache depends on besides its input; keys of caches are made of it."""
 
     @property
-    def vocabulary(self) -> Any:
-        """The bytes of all tokens that may be generated."""
-
-    @property
     def n_ids(self) -> int:
         """Size of the token table, the ids that are only read included."""
 
@@ -170,6 +166,9 @@ class Decoder(Protocol):
 
     def piece(self, token: int) -> bytes:
         """Bytes that a token stands for; none for special tokens."""
+
+    def pieces(self) -> Sequence[bytes]:
+        """``piece`` of all ids in order; none for ids that are only read."""
 
     def context(self, n_positions: int) -> Context:
         """A context with room for at least ``n_positions``."""

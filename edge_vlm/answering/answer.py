@@ -56,11 +56,14 @@ class AskOptions:
         if len(wanted) > 1:
             raise PromptError(f"{wanted[0]} and {wanted[1]}: give one of them")
         if wanted:
-            from edge_vlm.forms.structure import check_choices, form_of
-
             if self.choices is not None:
+                from edge_vlm.forms.choices import check_choices
+
                 object.__setattr__(self, "choices", check_choices(self.choices))
-            object.__setattr__(self, "form", form_of(self.schema, self.regex))
+            else:
+                from edge_vlm.forms.structure import form_of
+
+                object.__setattr__(self, "form", form_of(self.schema, self.regex))
 
 
 class AskKeywords(TypedDict, total=False):

@@ -7,16 +7,20 @@ import secrets
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.answering.answer import AskOptions, Clock
 from edge_vlm.bundle.manifest import Manifest
 from edge_vlm.engines import Context, Decoder
 from edge_vlm.errors import Cancelled
 from edge_vlm.forms.choices import log_probabilities
-from edge_vlm.forms.guide import Guide
 from edge_vlm.progress import CancelToken, OnProgress, Progress
+
+if TYPE_CHECKING:
+    from edge_vlm.forms.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def generate(
     *,
     stop: Collection[int],
     max_tokens: int,
-    guide: Guide | None,
+    constraint: Constraint | None,
     lead: str,
     clock: Clock,
     progress: OnProgress,
@@ -52,7 +56,7 @@ def generate(
         options: how to sample.
         stop: ids that end an answer.
         max_tokens: the answer's largest length.
-        guide: the form it is to have.
+        constraint: keeps it in the form it is to have.
         lead: what the template writes between a prompt and an answer.
         clock: seconds are added to it; the reader's time is not counted.
         progress: told of every token.
@@ -64,6 +68,7 @@ def generate(
         DecoderError: llama.cpp failed.
     """
     ids: list[int] = []
+    n_decoded = 0  # of them that the context holds
     raw = ""
     finish = "length"
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -71,41 +76,46 @@ def generate(
     with decoder.sampler(
         temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
     ) as sampler:
+
+        def restrict(allowed: npt.NDArray[np.bool_]) -> None:
+            context.forbid(~allowed)
+
+        def draw() -> int:
+            return sampler.sample(context)
+
         while len(ids) < max_tokens:
             started = time.perf_counter()
-            try:
-                if cancel:
-                    cancel.check()
-                if ids:
-                    context.append_tokens(ids[-1:], logits=True, cancel=cancel)
-            except Cancelled:
-                if not (keep_partial and ids and guide is None):
-                    raise
-                finish = "cancelled"
-                break
-            token = (
-                guide.choose(
-                    lambda allowed: context.forbid(~allowed), lambda: sampler.sample(context)
-                )
-                if guide
-                else sampler.sample(context)
-            )
+            # What the form leaves no choice about waits, to be decoded with what follows.
+            said = constraint.forced() if constraint else []
+            if not said:
+                try:
+                    if cancel:
+                        cancel.check()
+                    if n_decoded < len(ids):
+                        context.append_tokens(ids[n_decoded:], logits=True, cancel=cancel)
+                except Cancelled:
+                    if not (keep_partial and ids and constraint is None):
+                        raise
+                    finish = "cancelled"
+                    break
+                n_decoded = len(ids)
+                said = constraint.choose(restrict, draw) if constraint else [draw()]
             clock.decode += time.perf_counter() - started
-            if token in stop:
-                finish = "stop"
+            if said[0] in stop:
+                finish = "length" if constraint and constraint.was_cut else "stop"
                 break
-            ids.append(token)
+            ids += said
             progress(Progress("decode", len(ids), max_tokens))
-            piece = utf8.decode(decoder.piece(token))
-            if guide:
+            piece = "".join(utf8.decode(decoder.piece(token)) for token in said)
+            if constraint:
                 shown = (raw + piece).removeprefix(lead)[len(raw.removeprefix(lead)) :]
             else:
                 shown = piece if raw.strip() else piece.lstrip()
             raw += piece
             if shown:
                 yield shown
-            if guide and guide.is_complete:
-                finish = "length" if guide.was_cut else "stop"
+            if constraint and constraint.is_complete:
+                finish = "length" if constraint.was_cut else "stop"
                 break
     if rest := utf8.decode(b"", final=True):
         raw += rest

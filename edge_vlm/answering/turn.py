@@ -6,7 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.answering.answer import Answer, AskOptions, Clock
 from edge_vlm.answering.generate import Reply, generate, pick
@@ -15,7 +16,6 @@ from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.engines import Context, Decoder, VisionTower
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError
 from edge_vlm.families.base import family_of
-from edge_vlm.forms.guide import Guide
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.machine.settings import MachineSettings
@@ -34,6 +34,10 @@ from edge_vlm.prompt.builder import (
     runs_of,
 )
 from edge_vlm.prompt.messages import Message, Text, check_messages
+
+if TYPE_CHECKING:
+    from edge_vlm.forms.constraint import Constraint
+    from edge_vlm.forms.vocabulary import Vocabulary
 
 MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
 
@@ -59,6 +63,14 @@ class Engine:
     def seconds(self) -> float:
         """All loading so far."""
         return self.load_seconds + self.vision.load_seconds + self.decoder.load_seconds
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The decoder's, as forms of answers need it."""
+        from edge_vlm.forms.vocabulary import Vocabulary
+
+        stop, decoder = self.manifest.tokens.stop, self.decoder
+        return Vocabulary(decoder.pieces(), stop, decoder.tokenize)
 
     def rest_vision(self) -> None:
         """After pictures were encoded: memory that the decoder may need is given back."""
@@ -138,7 +150,7 @@ class Turn:
         lead = self._lead(messages, text) if options.form or options.choices else ""
         choices = {c: engine.decoder.tokenize(lead + c) for c in options.choices or ()}
         context, max_tokens = self._make_room(len(ids), pictures, choices)
-        guide = self._guide(lead, max_tokens)
+        constraint = self._constraint(lead, max_tokens)
         prompt = self._begin(context, ids, pictures)
         with engine.decoder.working():
             try:
@@ -150,11 +162,11 @@ class Turn:
             pieces = (
                 self._pick(context, choices, lead)
                 if choices
-                else self._generate(context, guide, lead, max_tokens)
+                else self._generate(context, constraint, lead, max_tokens)
             )
             reply = yield from _after_first(pieces, lambda: self._keep(prompt))
         self._cache.resident = (*prompt.identity, *reply.ids)[: context.n_positions]
-        is_free = guide is None and not choices
+        is_free = constraint is None and not choices
         yield self._answer(
             prompt, reply, reply.text.strip() if is_free else reply.text.removeprefix(lead)
         )
@@ -217,12 +229,12 @@ class Turn:
             raise BudgetError("the choices do not fit the KV-cache budget behind this prompt")
         return self._cache.context, max_tokens
 
-    def _guide(self, lead: str, max_tokens: int) -> Guide | None:
-        form, decoder = self._options.form, self._engine.decoder
-        if form is None:
+    def _constraint(self, lead: str, max_tokens: int) -> Constraint | None:
+        if self._options.form is None:
             return None
-        stop = self._engine.manifest.tokens.stop
-        return Guide(decoder.vocabulary, form.languages, form.after(lead), stop, max_tokens)
+        from edge_vlm.forms.constraint import Constraint
+
+        return Constraint(self._engine.vocabulary, self._options.form, lead, max_tokens)
 
     def _begin(
         self, context: Context, ids: tuple[int, ...], pictures: tuple[Picture, ...]
@@ -302,7 +314,7 @@ class Turn:
             prefixes.keep(prompt.context, prompt.ids[:end], digests)
 
     def _generate(
-        self, context: Context, guide: Guide | None, lead: str, max_tokens: int
+        self, context: Context, constraint: Constraint | None, lead: str, max_tokens: int
     ) -> Generator[str, None, Reply]:
         return generate(
             self._engine.decoder,
@@ -310,7 +322,7 @@ class Turn:
             self._options,
             stop=self._engine.manifest.tokens.stop,
             max_tokens=max_tokens,
-            guide=guide,
+            constraint=constraint,
             lead=lead,
             clock=self._clock,
             progress=self._progress,

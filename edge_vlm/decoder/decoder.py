@@ -1,4 +1,4 @@
-"""The language model of a bundle: its vocabulary, and contexts that hold a KV cache."""
+"""The language model of a bundle: vocabulary, contexts that hold a KV cache, the next token."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, ContextSettings
 from edge_vlm.decoder.llama import Weights
-from edge_vlm.decoder.sampler import Sampler
 from edge_vlm.errors import BundleError, DecoderError
-from edge_vlm.forms.guide import Vocabulary
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
@@ -99,13 +98,6 @@ class Decoder:
             "repack": engines.repack,
         }
 
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The bytes of all tokens that may be generated."""
-        n = self._geometry.vocab_size
-        pieces = [self.piece(token) for token in range(n)] + [b""] * (self.n_ids - n)
-        return Vocabulary(pieces)
-
     def use(self, engines: EngineSettings) -> None:
         """Change the settings for contexts made from now on; ``repack`` and ``mmap`` stay."""
         engines = replace(engines, repack=self._weights.repack, mmap=self._weights.mmap)
@@ -130,6 +122,11 @@ class Decoder:
             buffer = ctypes.create_string_buffer(-n)
             n = to_piece(vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:n]
+
+    def pieces(self) -> list[bytes]:
+        """``piece`` of all ids in order; none for ids that are only read."""
+        n = self._geometry.vocab_size
+        return [self.piece(token) for token in range(n)] + [b""] * (self.n_ids - n)
 
     def context(self, n_positions: int) -> Context:
         """A context with room for at least ``n_positions``, which it takes when it is first used.
@@ -181,3 +178,50 @@ class Decoder:
     def _unload_if_unused(self) -> None:
         if self._closed and not any(context.is_open for context in self._contexts):
             self._weights.unload()
+
+
+class Sampler:
+    """Picks the next token from a context's logits; ids that are only read never win.
+
+    Args:
+        weights: of the model.
+        temperature: 0 takes the likeliest token.
+        top_p: keep the likeliest tokens that together reach this probability.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, weights: Weights, *, temperature: float, top_p: float, min_p: float, seed: int
+    ) -> None:
+        self._api = api = weights.api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        n_extra = weights.geometry.additional_vocab_size
+        if n_extra:
+            bias = (api.llama_logit_bias * n_extra)()
+            for index in range(n_extra):
+                bias[index].token = weights.geometry.vocab_size + index
+                bias[index].bias = -np.inf
+            never = api.llama_sampler_init_logit_bias(weights.n_ids, n_extra, bias)
+            api.llama_sampler_chain_add(chain, never)
+        if temperature == 0:
+            api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
+        else:
+            for link in (
+                api.llama_sampler_init_top_p(top_p, 1),
+                api.llama_sampler_init_min_p(min_p, 1),
+                api.llama_sampler_init_temp(temperature),
+                api.llama_sampler_init_dist(seed),
+            ):
+                api.llama_sampler_chain_add(chain, link)
+        self._chain = chain
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._api.llama_sampler_free(self._chain)
+
+    def sample(self, context: Context) -> int:
+        """The next token."""
+        return context.sample(self._chain)

@@ -1,14 +1,41 @@
-"""How likely each of some answers is."""
+"""One of some answers: what may be asked for, and how likely each is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.engines import Context
-from edge_vlm.progress import CancelToken
+from edge_vlm.errors import PromptError
+
+if TYPE_CHECKING:
+    from edge_vlm.engines import Context
+    from edge_vlm.progress import CancelToken
+
+MAX_CHOICES = 1000
+MAX_CHOICE_CHARS = 1000
+
+
+def check_choices(choices: Any) -> tuple[str, ...]:
+    """The choices as a tuple.
+
+    Raises:
+        PromptError: they are not at least two different texts.
+    """
+    if isinstance(choices, str | bytes) or not isinstance(choices, Sequence):
+        raise PromptError("choices: must be a list of texts")
+    if not 2 <= len(choices) <= MAX_CHOICES:
+        raise PromptError(f"choices: must be from 2 to {MAX_CHOICES}, not {len(choices)}")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip() or choice != choice.strip():
+            raise PromptError(f"choices: {choice!r} is not a text without space around it")
+        if len(choice) > MAX_CHOICE_CHARS or any("\ud800" <= c <= "\udfff" for c in choice):
+            raise PromptError(f"choices: {choice[:20]!r}... is too long or not valid Unicode")
+    if len(set(choices)) < len(choices):
+        raise PromptError("choices: one is there twice")
+    return tuple(choices)
 
 
 def log_probabilities(

@@ -76,7 +76,7 @@ def command(
     settings = machine_settings(options)
     wanted = {name: value for name, value in options.items() if value is not None}
     if "schema" in wanted:
-        from edge_vlm.forms.json_schema import MAX_SCHEMA_BYTES
+        from edge_vlm.forms.structure import MAX_SCHEMA_BYTES
         from edge_vlm.prompt.transcript import read_json
 
         wanted["schema"] = read_json(wanted["schema"], MAX_SCHEMA_BYTES)

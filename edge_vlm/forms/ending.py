@@ -1,0 +1,80 @@
+"""How a text of a form can be ended, byte by byte."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from llguidance import LLMatcher
+
+from edge_vlm.forms.vocabulary import byte_tokenizer
+
+MAX_ENDING_BYTES = 1 << 15
+_ATTEMPTS = 6
+_SECONDS = 1.0  # of all attempts
+_MANY = 20  # options that are a string's rather than a structure's
+# Where little may come, as behind a value: what ends it, or else is short. In a string: its end.
+_FIRST_OF_FEW = b'}]",:1234567890ntf[{'
+_FIRST_OF_MANY = b'" abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
+
+
+def ends(state: LLMatcher, text: bytes) -> bool:
+    """Whether the whole may end after this text."""
+    return state.validate_tokens([*text, byte_tokenizer().eos_token]) == len(text) + 1
+
+
+def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[bytes]:
+    """Short texts of at most ``limit`` bytes after which the whole may end, as they are found.
+
+    The first takes the byte that looks nearest to an end, or in the same place again the one that
+    was taken least often; the others leave more to chance.
+
+    Args:
+        state: where in the form.
+        limit: bytes.
+        hints: what may be needed to the letter; tried where there is a choice.
+    """
+    stop_at = time.monotonic() + _SECONDS
+    for attempt in range(_ATTEMPTS):
+        walk, text = state.deep_copy(), bytearray()
+        taken: Counter[tuple[bytes, int]] = Counter()
+        dice = random.Random(attempt)  # noqa: S311 - no secret
+        while not walk.is_accepting() and len(text) <= limit and time.monotonic() < stop_at:
+            step = walk.compute_ff_bytes() or _hint(walk, hints)
+            if not step:
+                mask = walk.compute_bitmask()[:32]
+                options = _in_order(mask)
+                if not options:
+                    break
+                if attempt and len(options) <= _MANY and dice.random() < 0.5:
+                    byte = dice.choice(options)
+                else:
+                    byte = min(options, key=lambda option: taken[mask, option])
+                taken[mask, byte] += 1
+                step = bytes([byte])
+            text += step
+            if not walk.consume_tokens([*step]):
+                break
+        if len(text) <= limit and walk.is_accepting():
+            yield bytes(text)
+
+
+def _hint(walk: LLMatcher, hints: Sequence[bytes]) -> bytes:
+    """A hint after which a string, or all, may end."""
+    for hint in hints:
+        if ends(walk, hint):
+            return hint
+        if walk.validate_tokens([*hint, ord('"')]) == len(hint) + 1:
+            return hint + b'"'
+    return b""
+
+
+@lru_cache(maxsize=4096)
+def _in_order(mask: bytes) -> list[int]:
+    """The bytes of a mask of 256 bits, the one that looks nearest to an end first."""
+    found = [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
+    first = _FIRST_OF_FEW if len(found) <= _MANY else _FIRST_OF_MANY
+    return sorted(found, key=lambda byte: (first.find(byte) % 256, byte))
