@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edge_vlm.answering.answer import AskOptions, Clock
 from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.engines import Context, Decoder
+from edge_vlm.engines import Context, Decoder, Sampler
 from edge_vlm.errors import Cancelled
 from edge_vlm.forms.choices import log_probabilities
 from edge_vlm.progress import CancelToken, OnProgress, Progress
@@ -67,60 +67,93 @@ def generate(
         Cancelled: ``cancel`` was set.
         DecoderError: llama.cpp failed.
     """
+    text = _Text(decoder, lead, is_formed=constraint is not None)
     ids: list[int] = []
-    n_decoded = 0  # of them that the context holds
-    raw = ""
     finish = "length"
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     with decoder.sampler(
         temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
     ) as sampler:
-
-        def restrict(allowed: npt.NDArray[np.bool_]) -> None:
-            context.forbid(~allowed)
-
-        def draw() -> int:
-            return sampler.sample(context)
-
+        tokens = _Tokens(context, sampler, constraint)
         while len(ids) < max_tokens:
             started = time.perf_counter()
-            # What the form leaves no choice about waits, to be decoded with what follows.
-            said = constraint.forced() if constraint else []
-            if not said:
-                try:
-                    if cancel:
-                        cancel.check()
-                    if n_decoded < len(ids):
-                        context.append_tokens(ids[n_decoded:], logits=True, cancel=cancel)
-                except Cancelled:
-                    if not (keep_partial and ids and constraint is None):
-                        raise
-                    finish = "cancelled"
-                    break
-                n_decoded = len(ids)
-                said = constraint.choose(restrict, draw) if constraint else [draw()]
+            try:
+                said = tokens.next(ids, cancel)
+            except Cancelled:
+                if not (keep_partial and ids and constraint is None):
+                    raise
+                finish = "cancelled"
+                break
             clock.decode += time.perf_counter() - started
-            if said[0] in stop:
+            has_ended = said[0] in stop
+            if not has_ended:
+                ids += said
+                progress(Progress("decode", len(ids), max_tokens))
+                if shown := text.add(said):
+                    yield shown
+            if has_ended or (constraint and constraint.is_complete):
                 finish = "length" if constraint and constraint.was_cut else "stop"
                 break
-            ids += said
-            progress(Progress("decode", len(ids), max_tokens))
-            piece = "".join(utf8.decode(decoder.piece(token)) for token in said)
-            if constraint:
-                shown = (raw + piece).removeprefix(lead)[len(raw.removeprefix(lead)) :]
-            else:
-                shown = piece if raw.strip() else piece.lstrip()
-            raw += piece
-            if shown:
-                yield shown
-            if constraint and constraint.is_complete:
-                finish = "length" if constraint.was_cut else "stop"
-                break
-    if rest := utf8.decode(b"", final=True):
-        raw += rest
+    if rest := text.end():
         yield rest
-    return Reply(raw, tuple(ids), finish, len(ids))
+    return Reply(text.raw, tuple(ids), finish, len(ids))
+
+
+class _Tokens:
+    """What follows in an answer, as its form and the sampler have it."""
+
+    def __init__(self, context: Context, sampler: Sampler, constraint: Constraint | None) -> None:
+        self._context = context
+        self._sampler = sampler
+        self._constraint = constraint
+        self._n_decoded = 0  # tokens of the answer that the context holds
+
+    def next(self, ids: Sequence[int], cancel: CancelToken | None) -> list[int]:
+        """One token or more after ``ids``."""
+        # What the form leaves no choice about waits, to be decoded with what follows.
+        if self._constraint and (forced := self._constraint.forced()):
+            return forced
+        if cancel:
+            cancel.check()
+        if self._n_decoded < len(ids):
+            self._context.append_tokens(ids[self._n_decoded :], logits=True, cancel=cancel)
+        self._n_decoded = len(ids)
+        return (
+            self._constraint.choose(self._restrict, self._draw)
+            if self._constraint
+            else [self._draw()]
+        )
+
+    def _restrict(self, allowed: npt.NDArray[np.bool_]) -> None:
+        self._context.forbid(~allowed)
+
+    def _draw(self) -> int:
+        return self._sampler.sample(self._context)
+
+
+class _Text:
+    """An answer's text: as generated, and the part of it that is shown."""
+
+    def __init__(self, decoder: Decoder, lead: str, *, is_formed: bool) -> None:
+        self.raw = ""
+        self._decoder = decoder
+        self._lead = lead
+        self._is_formed = is_formed
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Sequence[int]) -> str:
+        """What is to be shown of some tokens: no ``lead``, no space in front."""
+        before, piece = self.raw, "".join(self._utf8.decode(self._decoder.piece(i)) for i in ids)
+        self.raw += piece
+        if self._is_formed:
+            return self.raw.removeprefix(self._lead)[len(before.removeprefix(self._lead)) :]
+        return piece if before.strip() else piece.lstrip()
+
+    def end(self) -> str:
+        """What the bytes of half a character come to."""
+        rest = self._utf8.decode(b"", final=True)
+        self.raw += rest
+        return rest
 
 
 def pick(
