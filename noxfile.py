@@ -5,6 +5,7 @@ They run in the environment that nox is installed in: another one would compile 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,4 +57,18 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The files of a release, in dist/: their names, and that the wheel holds what it should."""
+    """The files of a release, in dist/; the wheel is installed by itself and asked a question."""
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    tools, fresh = (Path(session.create_tmp()).resolve() / name for name in ("tools", "fresh"))
+    for folder in (tools, fresh):
+        session.run(sys.executable, "-m", "venv", "--clear", str(folder))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run(str(tools / scripts / "pip"), "install", "-q", "build", "twine")
+    session.run(str(tools / scripts / "python"), "-m", "build", "--outdir", "dist")
+    files = sorted(map(str, Path("dist").iterdir()))
+    session.run(str(tools / scripts / "twine"), "check", "--strict", *files)
+    wheel = next(name for name in files if name.endswith(".whl"))
+    session.run(str(fresh / scripts / "pip"), "install", "-q", wheel)
+    picture = str(Path("examples/images/receipt-1.png").resolve())
+    with session.chdir(fresh):  # not where the sources are
+        session.run(str(fresh / scripts / "edge-vlm"), "ask", picture, "What is the total?")
