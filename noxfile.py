@@ -14,7 +14,7 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "docs", "coverage"]
+nox.options.sessions = ["lint", "types", "docs", "coverage", "engines"]
 
 
 def tool(session: nox.Session, name: str, *arguments: str) -> None:
@@ -45,14 +45,23 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Tests; arguments behind -- are pytest's: `nox -s tests -- -m unit`."""
+    """All tests, or what is behind --, as for pytest: `nox -s tests -- -m unit -k chat`."""
     tool(session, "pytest", *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """All tests, and how much of the code they run; less than the floor fails."""
-    tool(session, "pytest", "--cov", "--cov-report=term", *session.posargs)
+    """Tests without an engine, and how much of the code they run; less than the floor fails.
+
+    Not all tests: to watch every line costs those with an engine a third of their time.
+    """
+    tool(session, "pytest", "-m", "unit", "--cov", *session.posargs)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The other tests: those that need llama.cpp, or a model."""
+    tool(session, "pytest", "-m", "not unit", *session.posargs)
 
 
 @nox.session
