@@ -5,6 +5,7 @@ They run in the environment that nox is installed in: another one would compile 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"
 nox.options.stop_on_first_error = True
-nox.options.sessions = ["lint", "types", "docs", "coverage"]
+nox.options.sessions = ["lint", "types", "docs", "coverage", "engines"]
 
 
 def tool(session: nox.Session, name: str, *arguments: str) -> None:
@@ -44,16 +45,39 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Tests; arguments behind -- are pytest's: `nox -s tests -- -m unit`."""
+    """All tests, or what is behind --, as for pytest: `nox -s tests -- -m unit -k chat`."""
     tool(session, "pytest", *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """All tests, and how much of the code they run; less than the floor fails."""
-    tool(session, "pytest", "--cov", "--cov-report=term", *session.posargs)
+    """Tests without an engine, and how much of the code they run; less than the floor fails.
+
+    Not all tests: to watch every line costs those with an engine a third of their time.
+    """
+    tool(session, "pytest", "-m", "unit", "--cov", *session.posargs)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """The other tests: those that need llama.cpp, or a model."""
+    tool(session, "pytest", "-m", "not unit", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The files of a release, in dist/: their names, and that the wheel holds what it should."""
+    """The files of a release, in dist/; the wheel is installed by itself and asked a question."""
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    tools, fresh = (Path(session.create_tmp()).resolve() / name for name in ("tools", "fresh"))
+    for folder in (tools, fresh):
+        session.run(sys.executable, "-m", "venv", "--clear", str(folder))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run(str(tools / scripts / "pip"), "install", "-q", "build", "twine")
+    session.run(str(tools / scripts / "python"), "-m", "build", "--outdir", "dist")
+    files = sorted(map(str, Path("dist").iterdir()))
+    session.run(str(tools / scripts / "twine"), "check", "--strict", *files)
+    wheel = next(name for name in files if name.endswith(".whl"))
+    session.run(str(fresh / scripts / "pip"), "install", "-q", wheel)
+    picture = str(Path("examples/images/receipt-1.png").resolve())
+    with session.chdir(fresh):  # not where the sources are
+        session.run(str(fresh / scripts / "edge-vlm"), "ask", picture, "What is the total?")
