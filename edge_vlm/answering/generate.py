@@ -6,6 +6,7 @@ import codecs
 import secrets
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,10 +71,7 @@ def generate(
     text = _Text(decoder, lead, is_formed=constraint is not None)
     ids: list[int] = []
     finish = "length"
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    with decoder.sampler(
-        temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
-    ) as sampler:
+    with _sampler(decoder, options) as sampler:
         tokens = _Tokens(context, sampler, constraint)
         while len(ids) < max_tokens:
             started = time.perf_counter()
@@ -97,6 +95,13 @@ def generate(
     if rest := text.end():
         yield rest
     return Reply(text.raw, tuple(ids), finish, len(ids))
+
+
+def _sampler(decoder: Decoder, options: AskOptions) -> AbstractContextManager[Sampler]:
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    return decoder.sampler(
+        temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
+    )
 
 
 class _Tokens:

@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from edge_vlm.forms.vocabulary import byte_tokenizer
 
 MAX_ENDING_BYTES = 1 << 15
-_ATTEMPTS = 6
+_ATTEMPTS = 10
 _SECONDS = 1.0  # of all attempts
 _MANY = 20  # options that are a string's rather than a structure's
 # Where little may come, as behind a value: what ends it, or else is short. In a string: its end.
@@ -29,8 +29,8 @@ def ends(state: LLMatcher, text: bytes) -> bool:
 def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[bytes]:
     """Short texts of at most ``limit`` bytes after which the whole may end, as they are found.
 
-    The first takes the byte that looks nearest to an end, or in the same place again the one that
-    was taken least often; the others leave more to chance.
+    Where several bytes may come the one is taken that looks nearest to an end, unless it was taken
+    there more often than others already; later attempts leave more to chance.
 
     Args:
         state: where in the form.
@@ -41,6 +41,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
     for attempt in range(_ATTEMPTS):
         walk, text = state.deep_copy(), bytearray()
         taken: Counter[tuple[bytes, int]] = Counter()
+        patience = 8 if attempt else 1  # times
         dice = random.Random(attempt)  # noqa: S311 - no secret
         while not walk.is_accepting() and len(text) <= limit and time.monotonic() < stop_at:
             step = walk.compute_ff_bytes() or _hint(walk, hints)
@@ -49,10 +50,10 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
                 options = _in_order(mask)
                 if not options:
                     break
-                if attempt and len(options) <= _MANY and dice.random() < 0.5:
-                    byte = dice.choice(options)
+                if attempt < 2:
+                    byte = min(options, key=lambda option: taken[mask, option] // patience)
                 else:
-                    byte = min(options, key=lambda option: taken[mask, option])
+                    byte = next((option for option in options if dice.random() < 0.5), options[-1])
                 taken[mask, byte] += 1
                 step = bytes([byte])
             text += step

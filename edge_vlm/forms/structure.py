@@ -142,7 +142,7 @@ def _checked(what: str, rule: str, hints: tuple[bytes, ...]) -> tuple[str, tuple
         matcher = byte_matcher(rule, "")
     except PromptError as error:
         raise PromptError(f"{what}: {error}") from error
-    if not matcher.is_accepting() and not any(matcher.compute_bitmask()):
+    if not matcher.is_accepting() and not any(matcher.compute_bitmask()[:32]):
         raise PromptError(f"{what}: nothing is valid under it")
     return rule, hints
 

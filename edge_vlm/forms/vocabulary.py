@@ -59,7 +59,8 @@ def reason(matcher: LLMatcher) -> str:
     """Why a matcher has failed, in one short line."""
     lines: list[str] = matcher.get_error().splitlines()
     line = next((line for line in lines if line.startswith("error: ")), lines[0])
-    line = line.rpartition("failed to compile JSON schema: ")[2].removeprefix("error: ")
+    for start in ("failed to compile JSON schema: ", " (in regex): ", "error: "):
+        line = line.rpartition(start)[2]
     return line.replace("Unsatisfiable schema", "nothing is valid under it")[:200]
 
 
