@@ -56,7 +56,8 @@ class Constraint:
 
     def forced(self) -> list[int]:
         """The tokens that come next whatever the model says, if any; they are taken."""
-        ids: list[int] = self._tokens.compute_ff_tokens()[: self._n_left]
+        # Without a known ending they may be millions: a{99999999}.
+        ids: list[int] = self._tokens.compute_ff_tokens() if self._is_reserved else []
         return ids if not ids or self._takes(ids) else self._end()
 
     def choose(self, restrict: Callable[[Mask], None], draw: Callable[[], int]) -> list[int]:

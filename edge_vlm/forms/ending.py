@@ -44,7 +44,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
         patience = 8 if attempt else 1  # times
         dice = random.Random(attempt)  # noqa: S311 - no secret
         while not walk.is_accepting() and len(text) <= limit and time.monotonic() < stop_at:
-            step = walk.compute_ff_bytes() or _hint(walk, hints)
+            step = _hint(walk, hints)
             if not step:
                 mask = walk.compute_bitmask()[:32]
                 options = _in_order(mask)

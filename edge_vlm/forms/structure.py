@@ -18,6 +18,7 @@ from edge_vlm.forms.vocabulary import byte_matcher
 MAX_SCHEMA_BYTES = 1 << 20
 _MAX_NESTING = 50
 _MAX_SUBSCHEMAS = 2000  # llguidance's time grows with their square
+_MAX_VALUES = 10_000  # of one enum; likewise
 _MAX_PATTERNS = 8  # beside allOf, which may ask for an automaton that meets all of them
 _MAX_MULTIPLE = 10_000  # its automaton has as many states
 _MAX_REGEX = 5000  # characters
@@ -180,6 +181,8 @@ def _prepare(schema: dict[str, Any]) -> tuple[bytes, ...]:
         multiple = part.get("multipleOf")
         if isinstance(multiple, int | float) and multiple > _MAX_MULTIPLE:
             raise PromptError(f"schema: multipleOf {multiple} is more than {_MAX_MULTIPLE}")
+        if isinstance(part.get("enum"), list) and len(part["enum"]) > _MAX_VALUES:
+            raise PromptError(f"schema: an enum has more than {_MAX_VALUES} values")
         names, required = part.get("properties"), part.get("required", [])
         is_plain = isinstance(names, dict) and not part.keys() & (_COMBINING | _OPEN)
         if is_plain and not is_combined and id(part) not in open_ids and "#" not in combined:
