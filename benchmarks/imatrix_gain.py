@@ -34,7 +34,7 @@ def main() -> None:
 
 def measure(checkpoint: Path, kind: str, samples: str, *, matrix: bool) -> tuple[float, float]:
     """Mean divergence in nats and share of same tokens, on the held-out samples."""
-    from edge_vlm_export.proof.against import measure_bundle
+    from edge_vlm_export.steps.against import measure_bundle
 
     from edge_vlm.bundle.manifest import Bundle
 

@@ -30,7 +30,7 @@ from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
 from edge_vlm_export.families.jina_vlm.tower import build_vision, write_vision
 from edge_vlm_export.graph.precision import Range, Recipe
 from edge_vlm_export.synthetic.checkpoint import config_folder, random_values, tensor_shapes
-from edge_vlm_export.vision.stages import Tower
+from edge_vlm_export.vision.stagewise import Tower
 
 from edge_vlm.machine.process import import_onnxruntime
 

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from edge_vlm.errors import InputError
+
 
 @cache
 def plugins(group: str) -> Mapping[str, str]:
@@ -28,6 +30,20 @@ def plugins(group: str) -> Mapping[str, str]:
                 if value:
                     found.setdefault(name.strip(), value.strip())
     return found
+
+
+def exporter(value: str, what: str) -> Any:
+    """``module:object`` of the exporter, which comes along, but not the libraries it needs.
+
+    Raises:
+        InputError: one of them is missing; ``what`` is what it is for.
+    """
+    try:
+        return load_plugin(f"edge_vlm_export.{value}")
+    except ImportError as error:
+        raise InputError(
+            f"{what} needs {error.name}; install with: pip install 'edge-vlm[export]'"
+        ) from error
 
 
 def load_plugin(value: str) -> Any:

@@ -64,6 +64,20 @@ def because() -> str:
     return f": {_recent_errors[0]}" if _recent_errors else ""
 
 
+@contextlib.contextmanager
+def hearing_llama() -> Iterator[None]:
+    """llama.cpp's log comes here meanwhile, and then to whoever had it before."""
+    import llama_cpp
+
+    receiver, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(receiver), ctypes.byref(user_data))
+    llama_cpp.llama_log_set(llama_log, ctypes.c_void_p())
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(receiver, user_data)
+
+
 _recent_errors: collections.deque[str] = collections.deque(maxlen=8)
 _print_logs = False
 

@@ -114,7 +114,7 @@ def _run(
     variant: Variant, size: tuple[int, int], tokens: int, max_tiles: int | None
 ) -> dict[str, Any]:
     with Worker() as worker:
-        return worker.call(
+        return worker.measure(
             "answer",
             model=str(variant.model),
             settings=asdict(variant.settings) | {"cache": None},

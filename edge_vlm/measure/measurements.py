@@ -1,4 +1,4 @@
-"""A child process that measures: ``bench`` and ``tune`` talk to it in lines of JSON.
+"""A child process that measures, for ``bench`` and ``tune``.
 
 A process of its own has a peak of memory of its own, and libgomp reads how patient its threads
 are only when it is loaded.
@@ -6,69 +6,30 @@ are only when it is loaded.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import IO, Any
+from typing import Any
 
-from edge_vlm.errors import EdgeVLMError
+from edge_vlm.machine.child import Child
 
 QUESTION = "What is in this picture?"
 
 
-class Worker:
-    """The child process, seen from the parent.
+class Worker(Child):
+    """A process that measures. What it loaded stays until a request needs it otherwise."""
 
-    ``with Worker() as worker: worker.call("answer", model=..., ...)``
-    """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge_vlm.measure.measurements"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-
-    def call(self, task: str, **request: Any) -> dict[str, Any]:
-        """Run a task of this module.
+    def measure(self, name: str, **request: Any) -> dict[str, Any]:
+        """Call a method of ``Measurements``.
 
         Raises:
             EdgeVLMError: it failed, or the process died.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise EdgeVLMError("the measuring process has no pipes")
-        try:
-            stdin.write(json.dumps({"task": task, **request}) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            code = self._process.wait()
-            raise EdgeVLMError(f"the measuring process ended with code {code}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EdgeVLMError(str(answer["error"]))
-        return answer
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        found: dict[str, Any] = self.call(f"{__name__}:MEASUREMENTS.{name}", **request)
+        return found
 
 
-class _Measurements:
-    """The child's side. What was loaded stays until a request needs it otherwise."""
+class Measurements:
+    """The child's side."""
 
     def __init__(self) -> None:
         self._decoder: tuple[Any, Any] = (None, None)
@@ -208,32 +169,4 @@ class _Measurements:
             return {"load": time.time() - psutil.Process().create_time()}
 
 
-def main() -> None:
-    """Answer requests from stdin until it ends."""
-    with _stdout_for_answers() as answers:
-        measurements = _Measurements()
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                found = getattr(measurements, request.pop("task"))(**request)
-            except EdgeVLMError as error:
-                found = {"error": str(error)}
-            except MemoryError:
-                found = {"error": "not enough memory"}
-            answers.write(json.dumps(found) + "\n")
-            answers.flush()
-
-
-@contextlib.contextmanager
-def _stdout_for_answers() -> Iterator[IO[str]]:
-    """The real stdout; what an engine might print goes elsewhere."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    try:
-        yield answers
-    finally:
-        sys.stdout = answers
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+MEASUREMENTS = Measurements()

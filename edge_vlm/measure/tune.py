@@ -128,7 +128,7 @@ class _Search:
         answer: int = ANSWER,
         kv_type: str | None = None,
     ) -> dict[str, Any]:
-        return self._worker(engines).call(
+        return self._worker(engines).measure(
             "decoder",
             model=self._model,
             engines=asdict(engines),
@@ -149,7 +149,7 @@ class _Search:
         return float(TYPICAL_PROMPT * prefill + TYPICAL_ANSWER * decode)
 
     def _vision(self, engines: EngineSettings, crops: int = 4) -> float:
-        found = self._worker(engines).call(
+        found = self._worker(engines).measure(
             "vision", model=self._model, engines=asdict(engines), crops=crops
         )
         return float(found["vision"]) / crops
@@ -165,7 +165,7 @@ class _Search:
         quantized = self._decode_once(best, prompt, 1, "q8_0")["prefill"]
         tiles = [self._vision(best) for _ in range(3)]
         with Worker() as fresh:
-            load = fresh.call("load", model=self._model, engines=asdict(best))["load"]
+            load = fresh.measure("load", model=self._model, engines=asdict(best))["load"]
         return Speeds(
             load_seconds=load,
             vision_seconds_per_tile=statistics.median(tiles),

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from edge_vlm_export import export_checkpoint
-from edge_vlm_export.steps.manifest import record_files
+from edge_vlm_export.steps.description import record_files
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.cli.main import group

@@ -15,9 +15,9 @@ from typing import Any
 
 import llama_cpp
 import pytest
+from edge_vlm_export.checkpoint import new_folder
+from edge_vlm_export.proof import open_check
 from edge_vlm_export.steps import export as export_module
-from edge_vlm_export.steps import folder as staging
-from edge_vlm_export.steps import open_check as verify_module
 from edge_vlm_export.synthetic.checkpoint import config_folder
 
 from edge_vlm.bundle.manifest import Bundle
@@ -161,12 +161,12 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
 @pytest.mark.parametrize(
     "target",
     [
-        "edge_vlm_export.vision.write.build_vision",
-        "edge_vlm_export.decoder.write.write_decoder",
+        "edge_vlm_export.steps.vision_step.build_vision",
+        "edge_vlm_export.steps.decoder_step.write_decoder",
         "edge_vlm_export.steps.export.record_files",
         "edge_vlm_export.steps.export.build_manifest",
-        "edge_vlm_export.steps.open_check.verify_bundle",
-        "edge_vlm_export.steps.folder.sync",
+        "edge_vlm_export.proof.open_check.verify_bundle",
+        "edge_vlm_export.checkpoint.new_folder.sync",
     ],
 )
 def test_a_failure_at_any_step_leaves_nothing(
@@ -269,9 +269,9 @@ def test_options_are_checked(tmp_path: Path, option: dict[str, str]) -> None:
 def test_a_full_disk_is_noticed_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = staging.shutil.disk_usage(tmp_path)
+    usage = new_folder.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        staging.shutil, "disk_usage", lambda path: usage._replace(free=staging.SPARE_BYTES)
+        new_folder.shutil, "disk_usage", lambda path: usage._replace(free=new_folder.SPARE_BYTES)
     )
     stages: Steps = []
     with pytest.raises(InputError, match=r"[0-9.]+ MB are needed, 67\.1 MB are free"):
@@ -330,7 +330,7 @@ def test_verifying_gives_llama_s_log_back(bundle: Callable[..., Path]) -> None:
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     llama_cpp.llama_log_set(log, ctypes.c_void_p())
     try:
-        verify_module.verify_bundle(bundle("tiny-126-tied"))
+        open_check.verify_bundle(bundle("tiny-126-tied"))
         assert lines == []
         params = llama_cpp.llama_model_default_params()
         assert not llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", params)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from edge_vlm_export.checkpoint import tensors as checkpoint_module
 from edge_vlm_export.checkpoint.tensors import Checkpoint
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 from safetensors.numpy import load_file, save_file
 
 from edge_vlm.errors import CheckpointError

@@ -20,6 +20,7 @@ import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
 from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+from edge_vlm_export.families.registry import download_files
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
@@ -51,7 +52,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def download(hub: Hub, tmp_path: Path) -> Callable[..., Path]:
     def call(name: HubName = NAME, **options: Any) -> Path:
-        return fetch(name, **{"endpoint": hub.url, "cache": tmp_path / "cache", **options})
+        files = options.pop("files", download_files)
+        return fetch(name, files, **{"endpoint": hub.url, "cache": tmp_path / "cache", **options})
 
     return call
 
@@ -228,7 +230,8 @@ def test_two_processes_at_once(hub: Hub, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from edge_vlm_export.checkpoint.hub import HubName, fetch
-print(fetch(HubName("owner/model"), endpoint=sys.argv[1], cache=Path(sys.argv[2])))
+from edge_vlm_export.families.registry import download_files
+print(fetch(HubName("owner/model"), download_files, endpoint=sys.argv[1], cache=Path(sys.argv[2])))
 """
     hub.hold_after[SHARDS[0]] = 300_000
     command = [sys.executable, "-c", code, hub.url, str(tmp_path)]
@@ -259,14 +262,14 @@ def test_other_files_of_another_family(hub: Hub, download: Callable[..., Path]) 
         del hub.files[name]
     more = ("model.safetensors", "vocab.json", "merges.txt", "a.py", "b.py")
     hub.files |= {name: name.encode() for name in more}
-    folder = download(required=("config.json", "vocab.json"), optional=("*.txt", "*.py"))
+    folder = download(files=lambda _: (("config.json", "vocab.json"), ("*.txt", "*.py")))
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "vocab.json", "merges.txt", "model.safetensors"}
     with pytest.raises(CheckpointError, match=r"has no b\.py on the hub"):
-        download(required=("config.json", "b.py"))
+        download(files=lambda _: (("config.json", "b.py"), ()))
     with pytest.raises(InputError, match="its download was not finished"):
         download(offline=True)
-    assert download(required=("config.json",), optional=(), offline=True) == folder
+    assert download(files=lambda _: (("config.json",), ()), offline=True) == folder
 
 
 def test_a_broken_connection_and_a_later_try(hub: Hub, download: Callable[..., Path]) -> None:
@@ -411,7 +414,7 @@ def test_refusals_are_one_line(
 
 def test_no_network(tmp_path: Path) -> None:
     with pytest.raises(EdgeVLMError, match="--offline uses an earlier download") as caught:
-        fetch(NAME, endpoint="http://127.0.0.1:9", cache=tmp_path)
+        fetch(NAME, download_files, endpoint="http://127.0.0.1:9", cache=tmp_path)
     assert caught.value.exit_code == 1
 
 

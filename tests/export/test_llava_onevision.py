@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.families.llava_onevision.family import FAMILY
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 
 from edge_vlm import EdgeVLM, ImageError, MachineSettings
 from edge_vlm.bundle.manifest import Bundle

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from edge_vlm_export import export_checkpoint
 from edge_vlm_export.families.llava_onevision.config import read_settings
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 
 from edge_vlm.bundle.manifest import Bundle
 from tests.conftest import Run, assert_one_line, load_golden

@@ -18,13 +18,13 @@ import numpy.typing as npt
 import pytest
 from edge_vlm_export import export_checkpoint
 from edge_vlm_export.decoder.imatrix import collect
+from edge_vlm_export.decoder.logits import Run
 from edge_vlm_export.decoder.quantizer import quantize_decoder, save_imatrix
 from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.fidelity import compare, distance
-from edge_vlm_export.proof.logits import Run
-from edge_vlm_export.proof.prompts import Prompt, PromptMaker
 from edge_vlm_export.samples.conversations import BUILTIN, builtin_samples, read_samples, split
+from edge_vlm_export.samples.prompts import Prompt, PromptMaker
 from PIL import Image
 
 from edge_vlm.bundle.manifest import Bundle, parse_manifest
@@ -55,8 +55,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     """Two conversations about pictures."""
     folder = tmp_path_factory.mktemp("prompts") / "bundle"
     export(CHECKPOINT, folder, decoder="f32")
-    template = Model(CHECKPOINT).settings.chat_template
-    with PromptMaker(Bundle.open(folder), folder / "decoder.gguf", template, 1) as maker:
+    with PromptMaker(Bundle.open(folder), 1) as maker:
         return [maker.make(sample) for sample in builtin_samples(1)[:2]]
 
 
@@ -159,7 +158,7 @@ def test_the_importance_matrix_is_what_llama_multiplies_with(
         params.cb_eval = callback
         return params
 
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", with_callback)
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", with_callback)
     with llama_model(bundle(TINY) / "decoder.gguf", vocab_only=False) as model:
         run = Run(model, 512, 1)
         for prompt in prompts:

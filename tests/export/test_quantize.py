@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +15,8 @@ import llama_cpp
 import numpy as np
 import pytest
 from edge_vlm_export import export_checkpoint
-from edge_vlm_export.decoder import write as decoder_export
 from edge_vlm_export.decoder.quantizer import MIXTURES, head_types, stored_tensors
-from edge_vlm_export.steps.apart import run_apart
+from edge_vlm_export.steps import decoder_step
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import EdgeVLMError, InputError
@@ -166,57 +161,18 @@ def test_stopping_while_quantizing_leaves_nothing(tmp_path: Path) -> None:
 def test_a_failure_of_the_quantizer_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = decoder_export.write_decoder
+    write = decoder_step.write_decoder
 
     def write_half(path: Path, *arguments: Any, **options: Any) -> None:
         write(path, *arguments, **options)
         os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(decoder_export, "write_decoder", write_half)
+    monkeypatch.setattr(decoder_step, "write_decoder", write_half)
     with pytest.raises(
         EdgeVLMError, match=r"could not quantize the decoder: .*not within the file"
     ):
         export(GOLDEN / "tiny-378" / "checkpoint", tmp_path / "x", decoder="q4_0", measure=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_that_dies_is_reported() -> None:
-    with pytest.raises(EdgeVLMError, match=r"ended early \(code .*No module named"):
-        run_apart("no_such_module:task", {})
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
-    """Also when the parent has no time to end it."""
-    code = (
-        "import sys\n"
-        "from edge_vlm_export.steps import apart as worker\n"
-        "worker._START = 'import sys, os; sys.path[:] = sys.argv.pop().splitlines();"
-        ' print(os.getpid(), file=open(sys.argv.pop(), "w"), flush=True);'
-        " from edge_vlm_export.steps import apart as worker; import time;"
-        " worker.import_module = lambda name: time.sleep(60); worker.main()'\n"
-        "popen = worker.subprocess.Popen\n"
-        "worker.subprocess.Popen = lambda args, **rest: popen([*args[:3], sys.argv[1], args[3]],"
-        " **rest)\n"
-        "worker.run_apart('quantize:nothing', {})\n"
-    )
-    note = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", code, str(note)])
-    deadline = time.monotonic() + 30
-    while not (note.exists() and note.read_text().strip()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    child = int(note.read_text())
-    os.kill(child, 0)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    while time.monotonic() < deadline:
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("the process still runs")
 
 
 def test_the_types_of_a_mixture_differ(bundle: Callable[..., Path]) -> None:

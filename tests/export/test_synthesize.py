@@ -16,7 +16,7 @@ from edge_vlm_export.checkpoint.tensors import Checkpoint
 from edge_vlm_export.cli.tools import group
 from edge_vlm_export.families.jina_vlm.config import read_settings
 from edge_vlm_export.families.jina_vlm.family import FAMILY, TEXT_TOKENS, made_up_tokens
-from edge_vlm_export.families.model import Description, Model
+from edge_vlm_export.families.opened import Description, Model
 from edge_vlm_export.synthetic import checkpoint as module
 from edge_vlm_export.synthetic.bundle import cached_synthetic_bundle, synthetic_bundle
 from edge_vlm_export.synthetic.checkpoint import config_folder, synthesize

@@ -145,7 +145,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     source = json.loads(
         (GOLDEN / GOLDEN_NAMES[0] / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8")
     )
-    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLITS[0]
+    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLITS["qwen2"][0]
     source["added_tokens"] = []
     source["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
     source["model"]["merges"] = pieces

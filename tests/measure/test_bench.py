@@ -101,10 +101,10 @@ def test_wrong_use_is_one_line(run: Run, arguments: list[str], word: str) -> Non
 def test_a_worker_reports_failures_and_death(tmp_path: Path) -> None:
     with Worker() as worker:
         with pytest.raises(EdgeVLMError, match="none"):
-            worker.call("vision", model=str(tmp_path / "none"), engines={}, crops=1)
-        worker._process.kill()
+            worker.measure("vision", model=str(tmp_path / "none"), engines={}, crops=1)
+        worker.process.kill()
         with pytest.raises(EdgeVLMError, match="ended with code"):
-            worker.call("load", model="demo", engines={})
+            worker.measure("load", model="demo", engines={})
 
 
 def test_one_token_has_no_rate() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from edge_vlm_export.cli.export import require_extra
 
 from edge_vlm.cli.options import json_option, verbose_option
 
@@ -42,24 +41,24 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     """
     if samples is not None and against is None:
         raise click.UsageError("--samples is for --against")
-    if against is not None:
-        require_extra("verify --against")
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.bundle.find import find_bundle
     from edge_vlm.bundle.manifest import Bundle
     from edge_vlm.cli.display import Steps
     from edge_vlm.errors import EdgeVLMError
+    from edge_vlm.machine.plugins import exporter
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.measure.check import check_sanity
 
+    measure_bundle = None
+    if against is not None:
+        measure_bundle = exporter("steps.against:measure_bundle", "verify --against")
     bundle = Bundle.open(find_bundle(model))
     report, measured = bundle.manifest.report, None
     with Steps() as steps:
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
         check_sanity(bundle, MachineSettings.from_environment())
-        if against is not None:
-            from edge_vlm_export.proof.against import measure_bundle
-
+        if measure_bundle is not None:
             measured = measure_bundle(bundle, against, samples=samples, progress=steps.show)
     if as_json:
         data = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -154,14 +153,11 @@ def command(
 
 def _synthetic(config: str, recipe: str) -> Path:
     from edge_vlm.cli.display import Steps
-    from edge_vlm.errors import InputError
+    from edge_vlm.machine.plugins import exporter
 
-    try:
-        exporter = importlib.import_module("edge_vlm_export.synthetic.bundle")
-    except ImportError as error:
-        raise InputError("--synthetic needs: pip install 'edge-vlm[export]'") from error
+    synthesize = exporter("synthetic.bundle:cached_synthetic_bundle", "--synthetic")
     with Steps() as steps:
-        found: Path = exporter.cached_synthetic_bundle(config, recipe, progress=steps.show)
+        found: Path = synthesize(config, recipe, progress=steps.show)
         return found
 
 

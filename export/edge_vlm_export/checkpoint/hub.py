@@ -20,6 +20,7 @@ from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.config_file import read_part
 from edge_vlm_export.checkpoint.hub_client import Counter, Progress, bar, client
+from edge_vlm_export.checkpoint.new_folder import check_space, size_text
 from edge_vlm_export.checkpoint.tensors import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
@@ -27,15 +28,13 @@ from edge_vlm_export.checkpoint.tensors import (
     WEIGHTS_NAME,
     Index,
 )
-from edge_vlm_export.steps.folder import check_space, size_text
 
 Notice = Callable[[str], None]
 Room = tuple[Path, Callable[[Path], int]]  # where, and bytes by a folder with settings files
 
-SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-REQUIRED = (*SETTINGS, "generation_config.json", "tokenizer.json")
-TEXTS = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")
-OPTIONAL = (*TEXTS, "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # they tell the licence
+Files = Callable[[Path], tuple[Sequence[str], Sequence[str]]]
+
+FIRST = "config.json"
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]{{1,200}}))?", re.ASCII)
@@ -62,9 +61,8 @@ def parse_source(source: str) -> Path | HubName:
 
 def fetch(
     name: HubName,
+    files: Files,
     *,
-    required: Sequence[str] = REQUIRED,
-    optional: Sequence[str] = OPTIONAL,
     offline: bool = False,
     progress: Progress | None = None,
     notice: Notice | None = None,
@@ -79,8 +77,8 @@ def fetch(
 
     Args:
         name: Which model.
-        required: Files that it has to have, the first one not in a folder of its own.
-        optional: Names or patterns (``*.txt``) of files that are taken where there are any.
+        files: By the folder that has ``config.json``: names of files that the model has to have,
+            and names or patterns (``*.txt``) of files that are taken where there are any.
         offline: Use what was downloaded before; nothing is sent.
         progress: Called with "download" or "checksum", the bytes done and in total, from whichever
             thread. An exception it raises stops the download; finished files are kept.
@@ -102,14 +100,17 @@ def fetch(
     counter = Counter(progress)
     with client(str(name), cache, counter):
         model = _Model(name, cache, endpoint, offline or constants.HF_HUB_OFFLINE)
-        model.open(required[0])
-        files = model.choose(required, optional)
+        model.open(FIRST)
         if not model.offline:
-            for file in files:
+            model.check(FIRST, lambda n_bytes: None)
+        required, optional = files(model.folder)
+        names = model.choose(required, optional)
+        if not model.offline:
+            for file in names:
                 if not model.listed[file].lfs:  # settings, from which the room is computed
                     model.get(file)
-            model.check_room(files, notice, then)
-            sizes = {file: model.listed[file].size or 0 for file in files}
+            model.check_room(names, notice, then)
+            sizes = {file: model.listed[file].size or 0 for file in names}
             counter.each("download", sizes, lambda file, n: model.get(file, tqdm_class=bar(n)))
             counter.each("checksum", sizes, model.check)
     return model.folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +27,17 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
         click.echo(listing())
         ctx.exit()
     ctx.default_map = {**(ctx.default_map or {}), **read_recipe(value).options()}
+
+
+def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    """List what ``families/`` and other packages add."""
+    if not wanted:
+        return
+    from edge_vlm_export.families.registry import families
+
+    for name, family in families().items():
+        click.echo(f"{name}: {family.summary} (model_type {', '.join(family.model_types)})")
+    ctx.exit()
 
 
 @click.command("export")
@@ -84,6 +96,14 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
     help="Choose the other options for a device: pi-4gb, pi-8gb, jetson-orin-nano, laptop, best, or"
     " a .toml file. `list` shows what they choose and why.",
 )
+@click.option(
+    "--list-families",
+    callback=_families,
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    help="Show the families of models that can be exported.",
+)
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option(
     "--calibrate",
@@ -106,29 +126,13 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
 @click.option("--name", help="Name of the model in the manifest.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @verbose_option
-def command(
-    checkpoint: str,
-    out: Path,
-    vision: str,
-    target: str,
-    static_shapes: bool,
-    min_cosine: float,
-    decoder: str,
-    decoder_head: str | None,
-    decoder_embedding: str | None,
-    offline: bool,
-    calibrate: str | None,
-    measure: bool | None,
-    max_divergence: float,
-    allow_loss: bool,
-    name: str | None,
-    force: bool,
-) -> None:
-    """Turn a jina-vlm CHECKPOINT into a bundle.
+def command(checkpoint: str, out: Path, offline: bool, force: bool, **options: Any) -> None:
+    """Turn a CHECKPOINT into a bundle.
 
     CHECKPOINT is a folder, or the name of a model on the Hugging Face Hub, OWNER/MODEL[@REVISION],
     which is downloaded into the hub's own cache; HF_TOKEN or `hf auth login` give access to private
-    ones. An existing folder of that name wins.
+    ones. An existing folder of that name wins. Its config.json tells which family of models it is
+    of; --list-families shows those that are known.
 
     Reads config, tokenizer, chat template and safetensors; writes vision.onnx, decoder.gguf and
     bundle.json. OUT appears only when it is complete and verified.
@@ -141,8 +145,9 @@ def command(
     from edge_vlm.cli.display import Steps
     from edge_vlm_export import export_checkpoint
     from edge_vlm_export.checkpoint.hub import HubName, fetch, parse_source
+    from edge_vlm_export.checkpoint.new_folder import check_target
+    from edge_vlm_export.families.registry import download_files
     from edge_vlm_export.steps.export import estimated_bytes
-    from edge_vlm_export.steps.folder import check_target
 
     check_target(out, force)  # before gigabytes are downloaded
     with Steps() as steps:
@@ -150,26 +155,19 @@ def command(
         if isinstance(source, HubName):
             source = fetch(
                 source,
+                download_files,
                 offline=offline,
                 progress=steps.show,
                 notice=steps.say,
-                then=(out.parent, lambda folder: estimated_bytes(folder, vision, decoder)),
+                then=(
+                    out.parent,
+                    lambda folder: estimated_bytes(folder, options["vision"], options["decoder"]),
+                ),
             )
         written = export_checkpoint(
             source,
             out,
-            vision=vision,
-            target=target,
-            static_shapes=static_shapes,
-            min_cosine=min_cosine,
-            decoder=decoder,
-            decoder_head=decoder_head,
-            decoder_embedding=decoder_embedding,
-            calibrate=calibrate,
-            measure=measure,
-            max_divergence=max_divergence,
-            allow_loss=allow_loss,
-            name=name,
+            **options,
             overwrite=force,
             progress=steps.show,
             notice=steps.say,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm_export.checkpoint.tensors import Values
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import to_half
 
 UNQUANTIZED = ("f32", "f16", "bf16")

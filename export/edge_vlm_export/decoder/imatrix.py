@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.proof.prompts import Prompt
+from edge_vlm_export.samples.prompts import Prompt
 
 Float32 = npt.NDArray[np.float32]
 _FLOOR = 1e-6  # of the mean: a column that was never used still has to be stored somehow
@@ -52,7 +52,7 @@ def collect(
     """
     matrix = ImportanceMatrix()
     hidden = reference.run(
-        [prompt.inputs(reference) for prompt in prompts],
+        [reference.inputs(prompt) for prompt in prompts],
         [prompt.targets >= 0 for prompt in prompts],
         on_matmul=matrix.add,
         progress=progress,

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.decoder.llama import api
 from edge_vlm.errors import EdgeVLMError, InputError
-from edge_vlm_export.steps.apart import run_apart
+from edge_vlm.machine.child import call_apart
+from edge_vlm.machine.process import because, forget_errors
 
 TENSOR_TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32")
 MAX_BUFFER_BYTES = 256 << 20  # rows that the quantizer holds at once
 _POLL_SECONDS = 0.2
-_LOG_ERROR = 4
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def quantize_decoder(
     embedding: str | None = None,
     imatrix: Path | None = None,
     progress: Callable[[int], None] = lambda n_bytes: None,
-) -> list[Stored]:
+) -> None:
     """Write ``source`` (f32, f16 or bf16) as ``target`` in the types of ``kind``.
 
     Args:
@@ -122,19 +123,17 @@ def quantize_decoder(
     Raises:
         EdgeVLMError: llama.cpp failed; ``target`` may be there in part.
     """
-    arguments = {
-        "source": str(source),
-        "target": str(target),
-        "kind": kind,
-        "threads": threads,
-        "head": head,
-        "embedding": embedding,
-        "imatrix": str(imatrix) if imatrix else None,
-    }
-    tensors = run_apart(
-        "decoder.quantizer:quantize_here", arguments, lambda done, _: progress(done)
+    call_apart(
+        f"{__name__}:quantize_here",
+        lambda done, _: progress(done),
+        source=str(source),
+        target=str(target),
+        kind=kind,
+        threads=threads,
+        head=head,
+        embedding=embedding,
+        imatrix=str(imatrix) if imatrix else None,
     )
-    return [Stored(*tensor) for tensor in tensors]
 
 
 def quantize_here(
@@ -147,19 +146,12 @@ def quantize_here(
     head: str | None,
     embedding: str | None,
     imatrix: str | None,
-) -> list[tuple[str, str, int, int]]:
+) -> None:
     """``quantize_decoder`` in this process; progress is read off the growing file."""
     import gguf
-    import llama_cpp
 
-    errors: list[str] = []
-
-    def on_log(level: int, text: bytes, _user_data: object) -> None:
-        if level == _LOG_ERROR:
-            errors.append(" ".join(text.decode("utf-8", "replace").split()))
-
-    receiver = llama_cpp.llama_log_callback(on_log)
-    llama_cpp.llama_log_set(receiver, ctypes.c_void_p())
+    llama_cpp = api()
+    forget_errors()
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = getattr(llama_cpp, MIXTURES[kind].file_type)
@@ -184,10 +176,7 @@ def quantize_here(
         if written.exists():
             progress(written.stat().st_size, 0)
     if result != [0]:
-        raise EdgeVLMError(
-            f"llama.cpp could not quantize the decoder: {'; '.join(errors)[:300] or 'no message'}"
-        )
-    return [(t.name, t.type, t.n_values, t.n_bytes) for t in stored_tensors(Path(target))]
+        raise EdgeVLMError(f"llama.cpp could not quantize the decoder{because()}")
 
 
 def _imatrix_entries(llama_cpp: Any, path: str | None) -> Any:

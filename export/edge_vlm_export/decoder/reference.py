@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm_export.checkpoint.tensors import Float32
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.samples.prompts import Prompt
 
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]
@@ -39,6 +40,14 @@ class Reference:
         different, places = np.unique(ids, return_inverse=True)
         rows = self._model.decoder.rows(self._model.tensors, different.tolist()).read()
         return np.asarray(rows[places])
+
+    def inputs(self, prompt: Prompt) -> Float32:
+        """(n, hidden_size): what the first layer gets."""
+        out = np.empty((len(prompt.ids), self._text.hidden_size), np.float32)
+        text = prompt.ids >= 0
+        out[text] = self.embed(prompt.ids[text].tolist())
+        out[~text] = prompt.rows
+        return out
 
     def run(
         self,

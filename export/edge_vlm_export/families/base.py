@@ -20,7 +20,7 @@ from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import Tokenizer
 from edge_vlm_export.families.llama_like import LlamaLike
-from edge_vlm_export.graph.tower import Tower
+from edge_vlm_export.graph.architecture import Tower
 
 # Mean and standard deviation of a random tensor's values.
 Spread = tuple[float, float]
@@ -41,6 +41,7 @@ class Family(ABC):
     """One family; there is a single object of each."""
 
     name: ClassVar[str]  # the runtime family's
+    summary: ClassVar[str]  # what its models are made of, in a few words
     model_types: ClassVar[tuple[str, ...]]  # in config.json
     # What a download has to have besides config.json and the weights, and what it takes if there.
     required_files: ClassVar[tuple[str, ...]]

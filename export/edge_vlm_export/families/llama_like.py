@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values, stacked
-from edge_vlm_export.graph.tower import AttentionSizes
+from edge_vlm_export.graph.architecture import AttentionSizes
 
 
 @dataclass(frozen=True)

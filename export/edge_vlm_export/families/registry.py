@@ -18,6 +18,8 @@ from edge_vlm_export.checkpoint.config_file import read_object
 if TYPE_CHECKING:
     from edge_vlm_export.families.base import Family
 
+CONFIG = "config.json"
+LICENCES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # they tell it
 GROUP = "edge_vlm_export.families"
 _BUILT_IN = {
     "jina-vlm": "edge_vlm_export.families.jina_vlm.family:FAMILY",
@@ -31,13 +33,23 @@ def families() -> dict[str, Family]:
     return {name: load_plugin(value) for name, value in ({**plugins(GROUP), **_BUILT_IN}).items()}
 
 
+def download_files(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files besides the weights that a checkpoint has to have and may have, by its config.json.
+
+    Raises:
+        CheckpointError: see ``family_of``.
+    """
+    family = family_of(folder)
+    return (CONFIG, *family.required_files), (*family.optional_files, *LICENCES)
+
+
 def family_of(folder: Path) -> Family:
     """The family that a checkpoint's ``config.json`` belongs to.
 
     Raises:
         CheckpointError: the file is missing or malformed, or the model is of no known family.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     config = read_object(path)
     for family in families().values():
         if family.recognises(config):

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_vlm_export.checkpoint.tensors import Float32, Shape, Values
-from edge_vlm_export.graph.tower import CROPS, Activation, AttentionSizes, Linear, Move, Stage
+from edge_vlm_export.graph.architecture import (
+    CROPS,
+    Activation,
+    AttentionSizes,
+    Linear,
+    Move,
+    Stage,
+)
 
 if TYPE_CHECKING:
     from edge_vlm_export.graph.layers import Layers

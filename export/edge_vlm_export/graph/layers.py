@@ -14,10 +14,10 @@ import numpy as np
 from onnx import TensorProto
 
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values
+from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Linear
 from edge_vlm_export.graph.onnx_graph import CONTRIB, OPSET, OPSET_INT4, Graph, Load
 from edge_vlm_export.graph.precision import Recipe
 from edge_vlm_export.graph.products import Products
-from edge_vlm_export.graph.tower import Activation, AttentionSizes, Linear
 
 _QUICK = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
 

@@ -16,9 +16,9 @@ from onnx import TensorProto
 
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
 from edge_vlm_export.graph import integers
+from edge_vlm_export.graph.architecture import Linear
 from edge_vlm_export.graph.onnx_graph import CONTRIB, Graph
 from edge_vlm_export.graph.precision import WEIGHTS_ONLY_INT8, Recipe
-from edge_vlm_export.graph.tower import Linear
 
 INT4_BLOCK = 32
 INT8_BLOCK = 128  # for weights alone; larger blocks are not faster

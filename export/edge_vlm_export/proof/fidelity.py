@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.machine.child import call_apart
 from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.families.model import Model
-from edge_vlm_export.proof.prompts import Prompt
-from edge_vlm_export.steps.apart import run_apart
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.samples.prompts import Prompt
 
 Float64 = npt.NDArray[np.float64]
 _POSITIONS_AT_ONCE = 128  # for which the reference's logits are computed
@@ -63,7 +63,7 @@ def compare(
     n_layers = model.text.n_layers
     total = n_layers + len(prompts)
     hidden = reference.run(
-        [prompt.inputs(reference) for prompt in prompts],
+        [reference.inputs(prompt) for prompt in prompts],
         [prompt.targets >= 0 for prompt in prompts],
         progress=lambda layers: progress(layers, total),
     )
@@ -75,17 +75,15 @@ def compare(
             arrays[f"hidden{index}"] = rows
         with data.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs want its own keywords
-        run_apart(
-            "proof.fidelity:compare_here",
-            {
-                "gguf": str(gguf),
-                "checkpoint": str(model.folder.resolve()),
-                "data": str(data),
-                "n_prompts": len(prompts),
-                "threads": threads,
-                "result": str(result),
-            },
+        call_apart(
+            f"{__name__}:compare_here",
             lambda done, _: progress(n_layers + done, total),
+            gguf=str(gguf),
+            checkpoint=str(model.folder.resolve()),
+            data=str(data),
+            n_prompts=len(prompts),
+            threads=threads,
+            result=str(result),
         )
         with np.load(result) as found:
             return Fidelity(
@@ -107,7 +105,7 @@ def compare_here(
     result: str,
 ) -> None:
     """``compare`` in this process, from files to a file."""
-    from edge_vlm_export.proof.logits import Run, loaded
+    from edge_vlm_export.decoder.logits import Run, loaded
 
     reference = Reference(Model(Path(checkpoint)))
     parts: list[tuple[float, bool, float, float]] = []

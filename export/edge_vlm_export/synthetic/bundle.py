@@ -12,9 +12,9 @@ from pathlib import Path
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.machine.folders import cache_folder
-from edge_vlm_export.families.model import Description
+from edge_vlm_export.checkpoint.new_folder import check_space, check_target
+from edge_vlm_export.families.opened import Description
 from edge_vlm_export.steps.export import export_checkpoint
-from edge_vlm_export.steps.folder import check_space, check_target
 from edge_vlm_export.steps.recipes import read_recipe
 from edge_vlm_export.synthetic.checkpoint import (
     BYTES_PER_VALUE,

@@ -35,7 +35,7 @@ from edge_vlm_export.checkpoint.config_file import (
 )
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.graph.tower import AttentionSizes
+from edge_vlm_export.graph.architecture import AttentionSizes
 
 RUNTIME_KEYS = tuple(JinaImageProcessor.model_fields)
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password

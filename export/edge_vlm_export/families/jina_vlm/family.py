@@ -16,10 +16,10 @@ from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, named_token, read_byte_level
 from edge_vlm_export.families.base import Family, Spread
 from edge_vlm_export.families.jina_vlm.config import IMAGE_PROMPT_TOKEN, JinaSettings, read_settings
-from edge_vlm_export.families.jina_vlm.decoder import decoder, text_bias_shapes
+from edge_vlm_export.families.jina_vlm.language import decoder, text_bias_shapes
 from edge_vlm_export.families.jina_vlm.vision import vision_tower
 from edge_vlm_export.families.llama_like import LlamaLike
-from edge_vlm_export.graph.tower import Tower
+from edge_vlm_export.graph.architecture import Tower
 
 # Special tokens of a picture's block, and the preprocessor's keys that repeat their ids.
 _IDS = {
@@ -38,6 +38,7 @@ class JinaVLM(Family):
     """SigLIP2 with attention pooling, and Qwen3 with additional ids for parts of a picture."""
 
     name = "jina-vlm"
+    summary = "SigLIP2, attention pooling, Qwen3"
     model_types = ("jvlm",)
     required_files = (
         "preprocessor_config.json",

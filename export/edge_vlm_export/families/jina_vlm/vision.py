@@ -24,7 +24,7 @@ from edge_vlm_export.families.vit import (
     block_output,
     norm_shapes,
 )
-from edge_vlm_export.graph.tower import CROPS, Linear, Move, Stage, Tower
+from edge_vlm_export.graph.architecture import CROPS, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
     from edge_vlm_export.graph.layers import Layers

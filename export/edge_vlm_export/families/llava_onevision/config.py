@@ -35,7 +35,7 @@ from edge_vlm_export.checkpoint.config_file import (
 )
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.graph.tower import AttentionSizes
+from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -13,7 +13,7 @@ from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
 from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
 from edge_vlm_export.families.llava_onevision.vision import NEWLINE, vision_tower
-from edge_vlm_export.graph.tower import Tower
+from edge_vlm_export.graph.architecture import Tower
 
 TEXT = "language_model."
 
@@ -22,6 +22,7 @@ class LlavaOneVision(Family):
     """SigLIP, an MLP and Qwen2."""
 
     name = "llava-onevision"
+    summary = "SigLIP, an MLP, Qwen2"
     model_types = ("llava_onevision",)
     required_files = ("tokenizer.json",)
     optional_files = (

@@ -21,7 +21,7 @@ from edge_vlm_export.families.vit import (
     linear,
     norm_shapes,
 )
-from edge_vlm_export.graph.tower import AttentionSizes, Linear, Move, Stage, Tower
+from edge_vlm_export.graph.architecture import AttentionSizes, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
     from edge_vlm_export.graph.layers import Layers

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.decoder.llama import api
 from edge_vlm.errors import EdgeVLMError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.process import import_onnxruntime
-from edge_vlm_export.proof.logits import silent_llama
+from edge_vlm_export.decoder.logits import loaded
 
 
 def verify_bundle(folder: Path) -> None:
@@ -56,18 +57,9 @@ def _verify_vision(bundle: Bundle) -> None:
 
 
 def _verify_decoder(bundle: Bundle) -> None:
-    import llama_cpp
-
     decoder, tokens = bundle.manifest.decoder, bundle.manifest.tokens
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    with silent_llama():
-        model = llama_cpp.llama_model_load_from_file(
-            str(bundle.file(DECODER_NAME)).encode(), params
-        )
-    if not model:
-        raise EdgeVLMError(f"llama.cpp cannot load {DECODER_NAME}")
-    try:
+    with loaded(bundle.file(DECODER_NAME), vocab_only=True) as model:
+        llama_cpp = api()
         vocab = llama_cpp.llama_model_get_vocab(model)
         n_ids = llama_cpp.llama_vocab_n_tokens(vocab)
         if n_ids != decoder.vocab_size + decoder.additional_vocab_size:
@@ -75,5 +67,3 @@ def _verify_decoder(bundle: Bundle) -> None:
         for text, token in tokens.special.items():
             if llama_cpp.llama_vocab_get_text(vocab, token) != text.encode():
                 raise EdgeVLMError(f"{DECODER_NAME} does not give id {token} to {text}")
-    finally:
-        llama_cpp.llama_model_free(model)

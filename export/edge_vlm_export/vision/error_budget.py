@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph.precision import HIGHER, Recipe
-from edge_vlm_export.samples.tiles import CalibrationTiles
-from edge_vlm_export.vision.stages import StagedTower, State
+from edge_vlm_export.samples.crops import CalibrationTiles
+from edge_vlm_export.vision.stagewise import StagedTower, State
 
 # The worst hundredth of the tokens may be this many times as far from 1 as the mean.
 WORST_FACTOR = 4
@@ -76,6 +76,11 @@ class Found:
     before: Loss  # everything quantized
     after: Loss
     sensitivity: Mapping[str, float]  # 1 - mean cosine with this product alone quantized
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Products in higher precision, the most sensitive first."""
+        return tuple(sorted(self.recipe.kept, key=lambda name: -self.sensitivity[name]))
 
 
 def fit(

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.graph.architecture import CROPS, Stage, Tower
 from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.graph.precision import Recipe
-from edge_vlm_export.graph.tower import CROPS, Stage, Tower
-from edge_vlm_export.samples.tiles import CalibrationTiles
-from edge_vlm_export.vision.graph import declare
+from edge_vlm_export.samples.crops import CalibrationTiles
+from edge_vlm_export.vision.assembly import declare
 
 _FATAL = 4
 Observe = Callable[[Mapping[str, Float32]], None]

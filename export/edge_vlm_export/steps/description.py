@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
+from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.bundle.manifest import (
     FORMAT_VERSION,
     FileRecord,
@@ -19,12 +19,11 @@ from edge_vlm.bundle.manifest import (
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import CheckpointError
 from edge_vlm_export.checkpoint.config_file import read_text
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
 
 UNKNOWN_LICENSE = "unknown"
 WRITERS = ("edge-vlm", "gguf", "llama-cpp-python", "numpy", "onnx")
 MAX_README_BYTES = 4 << 20
-HASH_BLOCK = 4 << 20
 
 
 def model_identity(model: Model, name: str | None) -> ModelIdentity:
@@ -55,7 +54,6 @@ def build_manifest(
     model: Model,
     identity: ModelIdentity,
     files: dict[str, FileRecord],
-    *,
     vision: str,
     decoder: str,
     report: Report | None,
@@ -80,8 +78,17 @@ def build_manifest(
 def record_files(
     paths: Iterable[Path], read: Callable[[int], None] = lambda n_bytes: None
 ) -> dict[str, FileRecord]:
-    """Size and SHA-256 of files, as read back from disk."""
-    return {path.name: _record(path, read) for path in paths}
+    """Size and SHA-256 of files, as read back from disk; ``read`` is told the bytes so far."""
+    records: dict[str, FileRecord] = {}
+    for path in paths:
+        before = sum(record.size for record in records.values())
+
+        def told(n_bytes: int, before: int = before) -> None:
+            read(before + n_bytes)
+
+        digest = sha256_of(path, told)
+        records[path.name] = FileRecord(size=path.stat().st_size, sha256=digest)
+    return records
 
 
 def unhashed(paths: Iterable[Path]) -> dict[str, FileRecord]:
@@ -98,16 +105,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # run from a source tree
             found[name] = "unknown"
     return found
-
-
-def _record(path: Path, read: Callable[[int], None]) -> FileRecord:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-            size += len(block)
-            read(len(block))
-    return FileRecord(size=size, sha256=digest.hexdigest())
 
 
 def _license(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp as the exporter needs it: the tokenizer alone, and the logits of many positions."""
+"""llama.cpp as the exporter needs it: the vocabulary alone, and the logits of many positions."""
 
 from __future__ import annotations
 
@@ -11,25 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.decoder.llama import api, load_model
 from edge_vlm.errors import EdgeVLMError
+from edge_vlm.machine.process import because, forget_errors, hearing_llama
 
 Float32 = npt.NDArray[np.float32]
 BATCH_POSITIONS = 128  # bounds the logits held at once: 78 MB with the released vocabulary
-
-
-@contextmanager
-def silent_llama() -> Iterator[None]:
-    """Swallow llama.cpp's log, which has one receiver for the whole process."""
-    import llama_cpp
-
-    receiver, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(receiver), ctypes.byref(user_data))
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p())
-    try:
-        yield
-    finally:
-        llama_cpp.llama_log_set(receiver, user_data)
 
 
 @contextmanager
@@ -39,51 +26,35 @@ def loaded(path: Path, *, vocab_only: bool) -> Iterator[Any]:
     Raises:
         EdgeVLMError: it does not load.
     """
-    import llama_cpp
-
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = vocab_only
-    params.n_gpu_layers = 0
-    with silent_llama():
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    with hearing_llama():
+        params = api().llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = 0
+        forget_errors()
+        model = load_model(path, params, mapped=False)
     if not model:
-        raise EdgeVLMError(f"llama.cpp cannot load {path.name}")
+        raise EdgeVLMError(f"llama.cpp cannot load {path.name}{because()}")
     try:
         yield model
     finally:
-        llama_cpp.llama_model_free(model)
-
-
-def tokenize(model: Any, text: str) -> list[int]:
-    """Ids of plain text: special tokens are neither recognised nor added."""
-    import llama_cpp
-
-    data = text.encode()
-    ids = (llama_cpp.llama_token * (len(data) + 1))()
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    n = llama_cpp.llama_tokenize(vocab, data, len(data), ids, len(ids), False, False)
-    if n < 0:
-        raise EdgeVLMError("llama.cpp could not tokenize a calibration prompt")
-    return list(ids[:n])
+        api().llama_model_free(model)
 
 
 class Run:
     """A context that computes whole prompts, with the runtime's settings."""
 
     def __init__(self, model: Any, n_positions: int, threads: int) -> None:
-        import llama_cpp
-
-        self._api = llama_cpp
+        self._api = llama_cpp = api()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_positions
         params.n_batch = params.n_ubatch = params.n_outputs_max = BATCH_POSITIONS
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._n_ids = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        with silent_llama():
-            self._context = llama_cpp.llama_init_from_model(model, params)
+        forget_errors()
+        self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
-            raise EdgeVLMError("llama.cpp could not create a context")
+            raise EdgeVLMError(f"llama.cpp could not create a context{because()}")
 
     def close(self) -> None:
         """Free the KV cache."""

@@ -1,14 +1,14 @@
-"""Progress of an export's stages."""
+"""Progress of an export: its steps, counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # stage, done, total; bytes where files are written
+Progress = Callable[[str, int, int], None]  # step, done, total; bytes where files are written
 
 
-class Stage:
-    """One stage: counts what is done and reports it."""
+class Counted:
+    """One step: counts what is done and reports it."""
 
     def __init__(self, name: str, total: int, progress: Progress | None) -> None:
         self.name = name

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.bundle.manifest import Bundle
+from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import untuned
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
-from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.proof.logits import loaded, tokenize
 from edge_vlm_export.samples.conversations import Sample
 
 MAX_TILES = 2  # of a picture, besides the thumbnail: enough to measure, and soon computed
@@ -37,41 +34,27 @@ class Prompt:
         """(n,) the id that follows each position; -1 where no text follows."""
         return np.append(self.ids[1:], np.int32(-1))
 
-    def inputs(self, reference: Reference) -> Float32:
-        """(n, hidden_size): what the first layer gets."""
-        out = np.empty((len(self.ids), self.rows.shape[1]), np.float32)
-        text = self.ids >= 0
-        out[text] = reference.embed(self.ids[text].tolist())
-        out[~text] = self.rows
-        return out
-
 
 class PromptMaker:
     """Tiles, encodes and tokenizes as the runtime does; ``with`` frees the engines.
-
-    Args:
-        bundle: its manifest and ``vision.onnx`` are used.
-        gguf: a file with the vocabulary.
-        template: the chat template.
-        threads: for the vision tower.
 
     Raises:
         EdgeVLMError: an engine refuses its file.
     """
 
-    def __init__(self, bundle: Bundle, gguf: Path, template: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int) -> None:
         self._processor = limit_tiles(bundle.manifest.image_processor, MAX_TILES)
         self._tower = VisionTower(bundle, replace(untuned(), vision_threads=threads))
         self._markers = self._tower.marker_embeddings
-        self._close = ExitStack()
-        model = self._close.enter_context(loaded(gguf, vocab_only=True))
-        self._builder = PromptBuilder(bundle.manifest, template, lambda text: tokenize(model, text))
+        self._decoder = Decoder(bundle, in_turns=True)  # the vocabulary alone is loaded
+        template = self._decoder.chat_template
+        self._builder = PromptBuilder(bundle.manifest, template, self._decoder.tokenize)
 
     def __enter__(self) -> PromptMaker:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._close.close()
+        self._decoder.close()
 
     def make(self, sample: Sample) -> Prompt:
         """One sample's prompt, cut off at ``MAX_POSITIONS``.

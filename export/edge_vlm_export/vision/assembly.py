@@ -18,11 +18,11 @@ from collections.abc import Iterable
 import numpy as np
 from onnx import TensorProto, helper
 
-from edge_vlm_export.families.model import Model
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.graph.architecture import CROPS
 from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.graph.onnx_graph import Graph
 from edge_vlm_export.graph.precision import Recipe
-from edge_vlm_export.graph.tower import CROPS
 
 PRODUCER = "edge-vlm"
 

@@ -13,7 +13,7 @@ from edge_vlm_export.checkpoint.tokenizer import Tokenizer
 from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, TextSettings
 from edge_vlm_export.families.registry import family_of
-from edge_vlm_export.graph.tower import Tower
+from edge_vlm_export.graph.architecture import Tower
 
 
 class Description:

@@ -1,0 +1,176 @@
+"""``vision.onnx`` in any precision: calibrate, fit the budget, write, measure what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_vlm.bundle.report import MIN_COSINE, VisionReport
+from edge_vlm.errors import EdgeVLMError
+from edge_vlm_export.checkpoint.tensors import Float32
+from edge_vlm_export.families.opened import Model
+from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES, Written
+from edge_vlm_export.graph.precision import QUANTIZED, Recipe
+from edge_vlm_export.samples.crops import CalibrationTiles
+from edge_vlm_export.vision.assembly import PRODUCER, build_vision
+from edge_vlm_export.vision.calibration import calibrate
+from edge_vlm_export.vision.error_budget import Loss, fit, loss
+from edge_vlm_export.vision.stagewise import StagedTower, session
+
+Progress = Callable[[int, int], None]  # stages done, stages known so far
+
+
+@dataclass(frozen=True)
+class VisionFile:
+    """What was written, and how good it is."""
+
+    files: list[Path]
+    products: Mapping[str, str]  # precision of every matrix product
+    unkept: Loss | None  # of everything quantized, channels moved
+    report: VisionReport
+
+
+def write_vision(
+    model: Model,
+    path: Path,
+    tiles: CalibrationTiles,
+    *,
+    precision: str = "int8",
+    target: str = "cpu",
+    batch: int | None = None,
+    min_cosine: float = MIN_COSINE,
+    fit_budget: bool = True,
+    progress: Progress = lambda done, total: None,
+    written: Written = lambda n_bytes: None,
+    external_bytes: int = EXTERNAL_DATA_BYTES,
+) -> VisionFile:
+    """Write the graph to ``path`` (large weights beside it) and measure it.
+
+    Args:
+        model: The checkpoint.
+        path: The file to write.
+        tiles: To calibrate and to measure with.
+        precision: One of ``PRECISIONS``.
+        target: One of ``TARGETS``.
+        batch: Number of crops in a run when it is to be fixed.
+        min_cosine: The budget: see ``error_budget``.
+        fit_budget: Keep products in higher precision when the budget asks for it.
+        progress: Called with stages run and stages to run, as far as known.
+        written: Told the bytes of each weight written.
+        external_bytes: Weights larger than this together go to a second file.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        EdgeVLMError: onnxruntime refuses what was written, which is a fault of the exporter.
+    """
+    tower = StagedTower(model)
+    steps = _Steps(len(tower.stages), progress)
+    recipe, unkept = Recipe(precision, target), None
+    kept: tuple[str, ...] = ()
+    if precision in QUANTIZED:
+        exact, recipe = calibrate(tower, recipe, tiles, smooth=True, step=steps)
+        if fit_budget:
+            found = fit(tower, recipe, tiles, exact, min_cosine, steps)
+            recipe, unkept, kept = found.recipe, found.before, found.kept
+    else:
+        exact = tower.features(Recipe(target="cpu"), tiles, steps)
+    graph = build_vision(model, replace(recipe, batch=batch))
+    files = graph.save(path, external_bytes, written, PRODUCER)
+    measured = _measure(model, path, tiles, exact, batch)
+    n_bytes = sum(file.stat().st_size for file in files)
+    report = vision_report(tower, measured, len(tiles), n_bytes, min_cosine, kept)
+    products = {name: recipe.of(name) for name in tower.products}
+    return VisionFile(files, products, unkept, report)
+
+
+def largest_bytes(model: Model, precision: str) -> int:
+    """What the weights of a precision can need on disk, if the budget keeps every product."""
+    widest = {"fp32": "fp32", "int4": "int8"}.get(precision, "fp16")
+    return int(build_vision(model, widest).n_bytes * 1.1)
+
+
+def measure_vision(
+    model: Model,
+    path: Path,
+    n_bytes: int,
+    tiles: CalibrationTiles,
+    *,
+    min_cosine: float,
+    kept: tuple[str, ...],
+    progress: Progress = lambda done, total: None,
+) -> VisionReport:
+    """Compare a written file with full precision.
+
+    Raises:
+        EdgeVLMError: onnxruntime refuses it.
+    """
+    tower = StagedTower(model)
+    steps = _Steps(len(tower.stages), progress)
+    exact = tower.features(Recipe(target="cpu"), tiles, steps)
+    measured = _measure(model, path, tiles, exact, None)
+    return vision_report(tower, measured, len(tiles), n_bytes, min_cosine, kept)
+
+
+def vision_report(
+    tower: StagedTower,
+    found: Loss,
+    n_tiles: int,
+    n_bytes: int,
+    min_cosine: float,
+    kept: tuple[str, ...],
+) -> VisionReport:
+    """What was measured, in the form of the manifest."""
+    cosines = (found.cosine_mean, found.cosine_worst)
+    # Rounding can carry one past its range.
+    cosine_mean, cosine_worst = (min(1.0, max(-1.0, cosine)) for cosine in cosines)
+    return VisionReport(
+        n_tiles=n_tiles,
+        cosine_mean=cosine_mean,
+        cosine_worst=cosine_worst,
+        error_mean=found.error_mean,
+        error_worst=found.error_worst,
+        min_cosine=min_cosine,
+        min_cosine_worst=Loss.least_worst(min_cosine),
+        n_bytes=n_bytes,
+        bits_per_weight=8 * n_bytes / tower.n_weights,
+        n_products=len(tower.products),
+        kept=kept,
+    )
+
+
+def _measure(
+    model: Model, path: Path, tiles: CalibrationTiles, exact: Float32, batch: int | None
+) -> Loss:
+    """Run the written file on the tiles.
+
+    Raises:
+        EdgeVLMError: onnxruntime refuses it.
+    """
+    try:
+        written = session(str(path))
+        found = []
+        for index in range(len(tiles)):
+            chosen = [index] * (batch or 1)  # a fixed batch is filled with copies
+            feed = {name: values[chosen] for name, values in tiles.feed.items()}
+            found.append(written.run(["embeddings"], feed)[0][0])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise EdgeVLMError(f"onnxruntime cannot run the written {path.name} ({error})") from error
+    embeddings, added = np.stack(found), model.added_row()
+    return loss(embeddings if added is None else embeddings - added[1].read(), exact)
+
+
+class _Steps:
+    """Counts stages; passes over the tower are added to the total as they begin."""
+
+    def __init__(self, n_stages: int, progress: Progress) -> None:
+        self.n_stages = n_stages
+        self.progress = progress
+        self.done = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        passes = max(2, -(-self.done // self.n_stages))
+        self.progress(self.done, passes * self.n_stages)
