@@ -51,7 +51,7 @@ def size_text(n_bytes: int) -> str:
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its name when the block ends without error.
 
     On any exception, also Ctrl-C, the temporary folder is removed and ``out`` is as it was.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -125,24 +126,7 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
 @click.option("--name", help="Name of the model in the manifest.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists, once the new one is whole.")
 @verbose_option
-def command(
-    checkpoint: str,
-    out: Path,
-    vision: str,
-    target: str,
-    static_shapes: bool,
-    min_cosine: float,
-    decoder: str,
-    decoder_head: str | None,
-    decoder_embedding: str | None,
-    offline: bool,
-    calibrate: str | None,
-    measure: bool | None,
-    max_divergence: float,
-    allow_loss: bool,
-    name: str | None,
-    force: bool,
-) -> None:
+def command(checkpoint: str, out: Path, offline: bool, force: bool, **options: Any) -> None:
     """Turn a CHECKPOINT into a bundle.
 
     CHECKPOINT is a folder, or the name of a model on the Hugging Face Hub, OWNER/MODEL[@REVISION],
@@ -175,23 +159,15 @@ def command(
                 offline=offline,
                 progress=steps.show,
                 notice=steps.say,
-                then=(out.parent, lambda folder: estimated_bytes(folder, vision, decoder)),
+                then=(
+                    out.parent,
+                    lambda folder: estimated_bytes(folder, options["vision"], options["decoder"]),
+                ),
             )
         written = export_checkpoint(
             source,
             out,
-            vision=vision,
-            target=target,
-            static_shapes=static_shapes,
-            min_cosine=min_cosine,
-            decoder=decoder,
-            decoder_head=decoder_head,
-            decoder_embedding=decoder_embedding,
-            calibrate=calibrate,
-            measure=measure,
-            max_divergence=max_divergence,
-            allow_loss=allow_loss,
-            name=name,
+            **options,
             overwrite=force,
             progress=steps.show,
             notice=steps.say,

@@ -14,15 +14,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.checkpoint.tensors import Values
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import to_half
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Values
+    from edge_vlm_export.families.opened import Model
 
 UNQUANTIZED = ("f32", "f16", "bf16")
 SUPPRESS_TOKENS = "tokenizer.ggml.suppress_tokens"  # llama.cpp since 2026; ignored before

@@ -8,12 +8,14 @@ make up most positions of this model's prompts and are unlike those of text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.samples.prompts import Prompt
+if TYPE_CHECKING:
+    from edge_vlm_export.decoder.reference import Reference
+    from edge_vlm_export.samples.prompts import Prompt
 
 Float32 = npt.NDArray[np.float32]
 _FLOOR = 1e-6  # of the mean: a column that was never used still has to be stored somehow

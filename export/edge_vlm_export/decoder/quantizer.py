@@ -107,7 +107,7 @@ def quantize_decoder(
     embedding: str | None = None,
     imatrix: Path | None = None,
     progress: Callable[[int], None] = lambda n_bytes: None,
-) -> list[Stored]:
+) -> None:
     """Write ``source`` (f32, f16 or bf16) as ``target`` in the types of ``kind``.
 
     Args:
@@ -123,7 +123,7 @@ def quantize_decoder(
     Raises:
         EdgeVLMError: llama.cpp failed; ``target`` may be there in part.
     """
-    tensors = call_apart(
+    call_apart(
         f"{__name__}:quantize_here",
         lambda done, _: progress(done),
         source=str(source),
@@ -134,7 +134,6 @@ def quantize_decoder(
         embedding=embedding,
         imatrix=str(imatrix) if imatrix else None,
     )
-    return [Stored(*tensor) for tensor in tensors]
 
 
 def quantize_here(
@@ -147,7 +146,7 @@ def quantize_here(
     head: str | None,
     embedding: str | None,
     imatrix: str | None,
-) -> list[tuple[str, str, int, int]]:
+) -> None:
     """``quantize_decoder`` in this process; progress is read off the growing file."""
     import gguf
 
@@ -178,7 +177,6 @@ def quantize_here(
             progress(written.stat().st_size, 0)
     if result != [0]:
         raise EdgeVLMError(f"llama.cpp could not quantize the decoder{because()}")
-    return [(t.name, t.type, t.n_values, t.n_bytes) for t in stored_tensors(Path(target))]
 
 
 def _imatrix_entries(llama_cpp: Any, path: str | None) -> Any:

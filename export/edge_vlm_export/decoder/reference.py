@@ -9,13 +9,16 @@ the checkpoint and not from a GGUF, it also notices what was written wrong there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm_export.checkpoint.tensors import Float32
-from edge_vlm_export.families.opened import Model
-from edge_vlm_export.samples.prompts import Prompt
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.samples.prompts import Prompt
 
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]

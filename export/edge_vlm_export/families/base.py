@@ -12,15 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edge_vlm.families.base import Family as Runtime
 from edge_vlm.families.base import Float32, ImageProcessor, Prompt, Tokens, find_family
-from edge_vlm.families.sizes import Vision
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
-from edge_vlm_export.checkpoint.tokenizer import Tokenizer
-from edge_vlm_export.families.llama_like import LlamaLike
-from edge_vlm_export.graph.architecture import Tower
+
+if TYPE_CHECKING:
+    from edge_vlm.families.sizes import Vision
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
+    from edge_vlm_export.checkpoint.tokenizer import Tokenizer
+    from edge_vlm_export.families.llama_like import LlamaLike
+    from edge_vlm_export.graph.architecture import Tower
 
 # Mean and standard deviation of a random tensor's values.
 Spread = tuple[float, float]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values, stacked
-from edge_vlm_export.graph.architecture import AttentionSizes
+
+if TYPE_CHECKING:
+    from edge_vlm_export.graph.architecture import AttentionSizes
 
 
 @dataclass(frozen=True)

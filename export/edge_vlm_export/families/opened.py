@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.sizes import Decoder
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
-from edge_vlm_export.checkpoint.tokenizer import Tokenizer
-from edge_vlm_export.families.base import Family
-from edge_vlm_export.families.llama_like import LlamaLike, TextSettings
 from edge_vlm_export.families.registry import family_of
-from edge_vlm_export.graph.architecture import Tower
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tokenizer import Tokenizer
+    from edge_vlm_export.families.base import Family
+    from edge_vlm_export.families.llama_like import LlamaLike, TextSettings
+    from edge_vlm_export.graph.architecture import Tower
 
 
 class Description:

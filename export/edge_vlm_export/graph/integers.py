@@ -6,12 +6,13 @@ a run of values inside a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.checkpoint.tensors import Float32
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
 
 Int8 = npt.NDArray[np.int8]
 UInt8 = npt.NDArray[np.uint8]

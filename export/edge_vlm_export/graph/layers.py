@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto
 
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values
-from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Linear
 from edge_vlm_export.graph.onnx_graph import CONTRIB, OPSET, OPSET_INT4, Graph, Load
-from edge_vlm_export.graph.precision import Recipe
 from edge_vlm_export.graph.products import Products
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values
+    from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Linear
+    from edge_vlm_export.graph.precision import Recipe
 
 _QUICK = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
 

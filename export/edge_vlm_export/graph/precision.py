@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm_export.checkpoint.tensors import Float32
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
 
 PRECISIONS = ("int8", "int8-static", "int4", "fp16", "fp32")
 TARGETS = ("cpu", "portable")

@@ -8,17 +8,19 @@ onnxruntime has fast kernels on x86 and ARM alike; int8 against int8 is slower t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
 from edge_vlm_export.graph import integers
-from edge_vlm_export.graph.architecture import Linear
 from edge_vlm_export.graph.onnx_graph import CONTRIB, Graph
 from edge_vlm_export.graph.precision import WEIGHTS_ONLY_INT8, Recipe
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
+    from edge_vlm_export.graph.architecture import Linear
 
 INT4_BLOCK = 32
 INT8_BLOCK = 128  # for weights alone; larger blocks are not faster

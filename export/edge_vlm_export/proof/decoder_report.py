@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
-from edge_vlm_export.decoder.quantizer import Stored
-from edge_vlm_export.families.opened import Model
+from edge_vlm_export.decoder.quantizer import stored_tensors
 from edge_vlm_export.proof.fidelity import compare
 from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_samples, split
-from edge_vlm_export.samples.prompts import Prompt, PromptMaker
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.samples.prompts import Prompt, PromptMaker
 
 ENOUGH_POSITIONS = 512  # of held-out prompts when nothing is calibrated
 MAX_LIKELIHOOD = 600.0  # nats; keeps a perplexity finite
@@ -76,17 +79,20 @@ def decoder_report(
     )
 
 
-def decoder_file(
-    n_bytes: int, tensors: Sequence[Stored], calibration: Calibration | None
-) -> DecoderFile:
-    """Types and sizes of what is stored."""
+def decoder_file(path: Path, calibration: Calibration | None) -> DecoderFile:
+    """Types and sizes of what is stored, read back: the quantizer has rules of its own.
+
+    Raises:
+        EdgeVLMError: the file cannot be read.
+    """
+    tensors = stored_tensors(path)
     weights = [tensor for tensor in tensors if tensor.type not in _UNUSED] or tensors
     counts = Counter(tensor.type for tensor in tensors)
     usual = Counter(tensor.type for tensor in weights).most_common(1)[0][0]
     bits = {tensor.type: 8 * tensor.n_bytes / tensor.n_values for tensor in weights}
     kept = [tensor.name for tensor in weights if bits[tensor.type] > bits[usual]]
     return DecoderFile(
-        n_bytes=n_bytes,
+        n_bytes=path.stat().st_size,
         bits_per_weight=8 * sum(t.n_bytes for t in tensors) / sum(t.n_values for t in tensors),
         types=dict(counts.most_common()),
         kept=tuple(kept),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import untuned
@@ -15,7 +15,10 @@ from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
-from edge_vlm_export.samples.conversations import Sample
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm_export.samples.conversations import Sample
 
 MAX_TILES = 2  # of a picture, besides the thumbnail: enough to measure, and soon computed
 MAX_POSITIONS = 2048  # of a prompt

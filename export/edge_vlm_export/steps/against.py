@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle, Manifest
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm_export.counted import Counted, Progress
-from edge_vlm_export.decoder.quantizer import stored_tensors
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.decoder_report import (
     decoder_file,
@@ -51,27 +50,14 @@ def measure_bundle(
         EdgeVLMError: an engine failed.
     """
     threads = MachineSettings.from_environment().engine_settings().threads
-    model = Model(checkpoint)
-    manifest, stored = bundle.manifest, bundle.manifest.report
-    expected = build_manifest(
-        model,
-        manifest.model,
-        manifest.files,
-        vision=manifest.vision.precision,
-        decoder=manifest.decoder.precision,
-        report=None,
-    )
-    if manifest.family != model.family.name:
-        raise CheckpointError(f"{checkpoint}: is another model than the bundle's (family)")
-    for part in ("decoder", *_SAME):
-        if getattr(expected, part) != getattr(manifest, part):
-            raise CheckpointError(f"{checkpoint}: is another model than the bundle's ({part})")
-
+    model, stored = Model(checkpoint), bundle.manifest.report
+    _check_same_model(model, bundle.manifest)
     seen = stored.vision if stored else None
+    files = bundle.manifest.files
     vision = measure_vision(
         model,
         bundle.file(VISION_NAME),
-        sum(record.size for name, record in manifest.files.items() if name.startswith(VISION_NAME)),
+        sum(record.size for name, record in files.items() if name.startswith(VISION_NAME)),
         chosen_tiles(samples, model),
         min_cosine=seen.min_cosine if seen else MIN_COSINE,
         kept=seen.kept if seen else (),
@@ -82,16 +68,25 @@ def measure_bundle(
     with PromptMaker(bundle, threads) as maker:
         chosen = read_samples(samples) if samples else None
         prompts = measuring_prompts(chosen, maker, examples.reach)
-    limit = stored.decoder.max_divergence if stored and stored.decoder else MAX_DIVERGENCE
     decoder = decoder_report(
         gguf,
         model,
         prompts,
         source=source_name(samples),
-        max_divergence=limit,
+        max_divergence=(
+            stored.decoder.max_divergence if stored and stored.decoder else MAX_DIVERGENCE
+        ),
         threads=threads,
         progress=Counted("compare", 0, progress).reach,
     )
-    calibration = stored.decoder_file.calibration if stored else None
-    file = decoder_file(manifest.files[DECODER_NAME].size, stored_tensors(gguf), calibration)
+    file = decoder_file(gguf, stored.decoder_file.calibration if stored else None)
     return Report(vision=vision, decoder=decoder, decoder_file=file)
+
+
+def _check_same_model(model: Model, manifest: Manifest) -> None:
+    """Compare what does not depend on precisions and files."""
+    precisions = manifest.vision.precision, manifest.decoder.precision
+    expected = build_manifest(model, manifest.model, manifest.files, *precisions, None)
+    for part in ("family", "decoder", *_SAME):
+        if getattr(expected, part) != getattr(manifest, part):
+            raise CheckpointError(f"{model.folder}: is another model than the bundle's ({part})")

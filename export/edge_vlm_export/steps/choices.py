@@ -15,7 +15,15 @@ from edge_vlm_export.graph.precision import PRECISIONS, QUANTIZED, TARGETS
 
 @dataclass(frozen=True)
 class VisionChoice:
-    """What is wanted of the vision part; see ``export_checkpoint``.
+    """What is wanted of the vision part.
+
+    Args:
+        precision: int8, int8-static, int4, fp16 or fp32.
+        target: Layout of its graph: "cpu" with onnxruntime's fused operators, or "portable".
+        batch: Crops in a run where it is to be fixed, for engines that want every shape to be one.
+        min_cosine: What its output's mean cosine has to reach; see ``vision.error_budget``.
+        calibrate: "builtin" or a folder of pictures: calibrate with more tiles.
+        measure: Compare what was written with the checkpoint; by default what is quantized.
 
     Raises:
         InputError: an option is unknown.
@@ -42,7 +50,16 @@ class VisionChoice:
 
 @dataclass(frozen=True)
 class DecoderChoice:
-    """What is wanted of the decoder; see ``export_checkpoint``.
+    """What is wanted of the decoder.
+
+    Args:
+        kind: f32, f16, bf16, or a mixture of llama.cpp: q4_k_m, q4_0, q5_k_m, q6_k, q8_0, iq4_xs.
+        head: Type of the output head, by default what the mixture says.
+        embedding: Type of the token table, likewise.
+        calibrate: "builtin", or a folder of pictures (see ``conversations.read_samples``): collect
+            an importance matrix for the quantizer.
+        measure: As above.
+        max_divergence: The largest mean divergence, in nats, that the comparison may find.
 
     Raises:
         InputError: an option is unknown or fits no other.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm_export.counted import Counted, Progress
@@ -17,14 +17,12 @@ from edge_vlm_export.decoder.gguf_file import (
     write_decoder,
 )
 from edge_vlm_export.decoder.quantizer import (
-    Stored,
     head_types,
     quantize_decoder,
     quantized_bytes,
     save_imatrix,
 )
 from edge_vlm_export.decoder.reference import Reference
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.decoder_report import (
     decoder_file,
     decoder_report,
@@ -33,7 +31,11 @@ from edge_vlm_export.proof.decoder_report import (
 )
 from edge_vlm_export.samples.conversations import read_samples, split
 from edge_vlm_export.samples.prompts import Prompt, PromptMaker
-from edge_vlm_export.steps.choices import DecoderChoice
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.steps.choices import DecoderChoice
 
 _SCRATCH_NAME = "decoder.tmp"
 _IMATRIX_NAME = "imatrix.tmp"
@@ -47,7 +49,7 @@ class DecoderExport:
     """
 
     def __init__(self, model: Model, choice: DecoderChoice) -> None:
-        self._model, self._choice = model, choice
+        self._model, self.choice = model, choice
         self._samples = None if choice.calibrate is None else read_samples(choice.calibrate)
         self._measure = choice.quantized if choice.measure is None else choice.measure
         self._precision = exact_precision(model) if choice.quantized else choice.kind
@@ -65,7 +67,7 @@ class DecoderExport:
     @property
     def scratch_bytes(self) -> int:
         """Of ``total_bytes``, those that are needed only for a while."""
-        return self.n_bytes if self._choice.quantized else 0
+        return self.n_bytes if self.choice.quantized else 0
 
     @property
     def total_bytes(self) -> int:
@@ -73,16 +75,12 @@ class DecoderExport:
         return self.n_bytes + self._n_quantized
 
     def write(
-        self,
-        folder: Path,
-        name: str,
-        bundle: Callable[[], Bundle],
-        progress: Progress | None,
+        self, path: Path, name: str, bundle: Callable[[], Bundle], progress: Progress | None
     ) -> tuple[DecoderFile, DecoderReport | None]:
-        """Write ``decoder.gguf`` to ``folder`` and measure it.
+        """Write ``decoder.gguf`` and measure it.
 
         Args:
-            folder: where ``vision.onnx`` is already.
+            path: the file; ``vision.onnx`` is there already.
             name: the model's.
             bundle: gives the bundle as it is so far, the decoder not quantized yet.
             progress: see ``export_checkpoint``.
@@ -91,55 +89,54 @@ class DecoderExport:
             CheckpointError: a tensor cannot be read or does not fit the precision.
             EdgeVLMError: llama.cpp or onnxruntime failed.
         """
-        path = folder / DECODER_NAME
+        model, choice = self._model, self.choice
+        written = Counted("decoder", self.n_bytes, progress)
         write_decoder(
-            path,
-            self._model,
-            self._outputs,
-            precision=self._precision,
-            name=name,
-            written=Counted("decoder", self.n_bytes, progress),
+            path, model, self._outputs, precision=self._precision, name=name, written=written
         )
         calibrating, measuring = self._prompts(bundle, progress)
-        stored = [
-            Stored(output.name, output.kind.name.lower(), math.prod(output.shape), output.n_bytes)
-            for output in self._outputs
-        ]
-        calibration = None
-        if self._choice.quantized:
-            matrix = self._collect(folder / _IMATRIX_NAME, calibrating, progress)
-            if matrix:
-                calibration = Calibration(
-                    source=source_name(self._choice.calibrate),
-                    n_prompts=len(calibrating),
-                    n_positions=sum(len(prompt.ids) for prompt in calibrating),
-                )
-            scratch = folder / _SCRATCH_NAME
-            stored = quantize_decoder(
-                path,
-                scratch,
-                self._choice.kind,
-                threads=self._threads,
-                head=self._head,
-                embedding=self._embedding,
-                imatrix=matrix,
-                progress=Counted("quantize", self._n_quantized, progress).reach,
-            )
-            scratch.replace(path)
-            if matrix:
-                matrix.unlink()
+        calibration = self._quantize(path, calibrating, progress) if choice.quantized else None
         report = None
         if self._measure:
             report = decoder_report(
                 path,
-                self._model,
+                model,
                 measuring,
-                source=source_name(self._choice.calibrate),
-                max_divergence=self._choice.max_divergence,
+                source=source_name(choice.calibrate),
+                max_divergence=choice.max_divergence,
                 threads=self._threads,
                 progress=Counted("compare", 0, progress).reach,
             )
-        return decoder_file(path.stat().st_size, stored, calibration), report
+        return decoder_file(path, calibration), report
+
+    def _quantize(
+        self, path: Path, prompts: list[Prompt], progress: Progress | None
+    ) -> Calibration | None:
+        """Put the quantized file in place of the other."""
+        scratch, matrix = path.with_name(_SCRATCH_NAME), None
+        if prompts:
+            matrix = path.with_name(_IMATRIX_NAME)
+            step = Counted("importance", self._model.text.n_layers, progress)
+            save_imatrix(matrix, imatrix.collect(Reference(self._model), prompts, step.reach))
+        quantize_decoder(
+            path,
+            scratch,
+            self.choice.kind,
+            threads=self._threads,
+            head=self._head,
+            embedding=self._embedding,
+            imatrix=matrix,
+            progress=Counted("quantize", self._n_quantized, progress).reach,
+        )
+        scratch.replace(path)
+        if matrix is None:
+            return None
+        matrix.unlink()
+        return Calibration(
+            source=source_name(self.choice.calibrate),
+            n_prompts=len(prompts),
+            n_positions=sum(len(prompt.ids) for prompt in prompts),
+        )
 
     def _prompts(
         self, bundle: Callable[[], Bundle], progress: Progress | None
@@ -165,11 +162,3 @@ class DecoderExport:
                 else []
             )
         return calibrating, measuring
-
-    def _collect(self, path: Path, prompts: list[Prompt], progress: Progress | None) -> Path | None:
-        if not prompts:
-            return None
-        reference = Reference(self._model)
-        stage = Counted("importance", self._model.text.n_layers, progress)
-        save_imatrix(path, imatrix.collect(reference, prompts, stage.reach))
-        return path

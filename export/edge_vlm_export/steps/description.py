@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.bundle.manifest import (
@@ -16,10 +17,12 @@ from edge_vlm.bundle.manifest import (
     ModelIdentity,
     manifest_type,
 )
-from edge_vlm.bundle.report import Report
 from edge_vlm.errors import CheckpointError
 from edge_vlm_export.checkpoint.config_file import read_text
-from edge_vlm_export.families.opened import Model
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.report import Report
+    from edge_vlm_export.families.opened import Model
 
 UNKNOWN_LICENSE = "unknown"
 WRITERS = ("edge-vlm", "gguf", "llama-cpp-python", "numpy", "onnx")
@@ -54,7 +57,6 @@ def build_manifest(
     model: Model,
     identity: ModelIdentity,
     files: dict[str, FileRecord],
-    *,
     vision: str,
     decoder: str,
     report: Report | None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import (
     DECODER_NAME,
@@ -13,13 +15,21 @@ from edge_vlm.bundle.manifest import (
     Bundle,
     FileRecord,
     Manifest,
+    ModelIdentity,
 )
 from edge_vlm.bundle.report import MAX_DIVERGENCE, MIN_COSINE, Report
 from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
-from edge_vlm_export.checkpoint.new_folder import check_space, check_target, size_text, staged
+from edge_vlm_export.checkpoint.new_folder import check_space, check_target, new_folder, size_text
 from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.families.opened import Description, Model
 from edge_vlm_export.steps.description import build_manifest, model_identity, record_files, unhashed
+
+if TYPE_CHECKING:
+    from edge_vlm_export.steps.choices import DecoderChoice, VisionChoice
+    from edge_vlm_export.steps.decoder_step import DecoderExport
+    from edge_vlm_export.steps.vision_step import VisionExport
+
+OnReport = Callable[[Report], None]
 
 
 def export_checkpoint(
@@ -40,37 +50,23 @@ def export_checkpoint(
     name: str | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
-    on_report: Callable[[Report], None] | None = None,
+    on_report: OnReport | None = None,
     overwrite: bool = False,
     external_data_bytes: int | None = None,
 ) -> Path:
     """Write the checkpoint in folder ``checkpoint`` as a bundle to the new folder ``out``.
 
-    Args:
-        checkpoint: Folder with config, tokenizer and safetensors files.
-        out: Folder to create; its parent has to exist.
-        vision: Precision of the vision part: int8, int8-static, int4, fp16 or fp32.
-        target: Layout of its graph: "cpu" with onnxruntime's fused operators, or "portable".
-        static_shapes: Fix its batch to one crop, for engines that want every shape to be a number.
-        min_cosine: What its output's mean cosine has to reach; see ``vision_budget``.
-        decoder: Type of the decoder's weights: f32, f16, bf16, or one of llama.cpp's mixtures
-            q4_k_m, q4_0, q5_k_m, q6_k, q8_0, iq4_xs.
-        decoder_head: Type of the output head, by default what the mixture says.
-        decoder_embedding: Type of the token table, likewise.
-        calibrate: "builtin", or a folder of pictures (see ``calibration.read_samples``): collect an
-            importance matrix for the decoder's quantizer, and calibrate the vision part with more
-            tiles.
-        measure: Compare what was written with the checkpoint; by default what is quantized.
-        max_divergence: The largest mean divergence, in nats, that the comparison may find.
-        allow_loss: Keep a bundle that loses more than the limits allow.
-        name: The model's name, by default the one the checkpoint tells.
-        progress: Called with a stage ("vision", "decoder", "examples", "importance", "quantize",
-            "compare", "hash", "verify"), what is done and the total, in bytes where files are
-            written or read. An exception it raises stops the export and leaves nothing behind.
-        notice: Called with a line about what the export will need.
-        on_report: Called with the report, also when the export fails because of it.
-        overwrite: Replace an existing bundle, at the very end, in one step.
-        external_data_bytes: Vision weights larger than this go to ``vision.onnx.data``.
+    ``vision``, ``target``, ``static_shapes`` and ``min_cosine`` are described at
+    ``choices.VisionChoice``, ``decoder``, its head and embedding and ``max_divergence`` at
+    ``choices.DecoderChoice``, ``calibrate`` and ``measure`` at both. ``allow_loss`` keeps a bundle
+    that loses more than they allow. ``name`` is the model's, by default the one the checkpoint
+    tells. ``overwrite`` replaces an existing bundle, at the very end, in one step. Vision weights
+    larger than ``external_data_bytes`` go to ``vision.onnx.data``.
+
+    ``progress`` is called with a step, what is done and the total, in bytes where files are written
+    or read; an exception it raises stops the export and leaves nothing behind. ``notice`` is called
+    with a line about what the export will need, ``on_report`` with the report, also when the export
+    fails because of it.
 
     Returns:
         ``out``.
@@ -81,59 +77,103 @@ def export_checkpoint(
         EdgeVLMError: writing failed, or the bundle loses more than the limits allow.
     """
     # The libraries of the export extra are needed from here on only.
-    from edge_vlm_export.proof.open_check import verify_bundle
     from edge_vlm_export.steps.choices import DecoderChoice, VisionChoice
-    from edge_vlm_export.steps.decoder_step import DecoderExport
-    from edge_vlm_export.steps.vision_step import VisionExport
 
-    checkpoint, out = Path(checkpoint), Path(out)
     batch = 1 if static_shapes else None
-    wanted = VisionChoice(vision, target, batch, min_cosine, calibrate, measure)
-    choice = DecoderChoice(
-        decoder, decoder_head, decoder_embedding, calibrate, measure, max_divergence
+    seeing = VisionChoice(vision, target, batch, min_cosine, calibrate, measure)
+    heads = decoder_head, decoder_embedding
+    answering = DecoderChoice(decoder, *heads, calibrate, measure, max_divergence)
+    export = _Export.plan(Path(checkpoint), Path(out), name, seeing, answering, overwrite)
+    export.announce(Path(out).parent, notice)
+    return export.write(
+        Path(out), overwrite, external_data_bytes, progress, on_report, allow_loss=allow_loss
     )
-    if name is not None and not 1 <= len(name) <= 200:
-        raise InputError("name: expected 1 to 200 characters")
-    check_target(out, overwrite)
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: the checkpoint itself lies there")
 
-    model = Model(checkpoint)
-    identity = model_identity(model, name)
-    seeing = VisionExport(model, wanted)
-    decoding = DecoderExport(model, choice)
-    _announce(seeing.total_bytes + decoding.total_bytes, decoding.scratch_bytes, out.parent, notice)
 
-    def manifest(records: dict[str, FileRecord], report: Report | None) -> Manifest:
-        return build_manifest(
-            model, identity, records, vision=vision, decoder=decoder, report=report
-        )
+@dataclass(frozen=True)
+class _Export:
+    """A checkpoint that was found fit to be exported as is wanted."""
 
-    with staged(out, overwrite) as folder:
-        files, vision_report = seeing.write(folder / VISION_NAME, external_data_bytes, progress)
+    model: Model
+    identity: ModelIdentity
+    seeing: VisionExport
+    answering: DecoderExport
 
-        def so_far() -> Bundle:
-            return Bundle(folder, manifest(unhashed([*files, folder / DECODER_NAME]), None))
+    @classmethod
+    def plan(
+        cls,
+        checkpoint: Path,
+        out: Path,
+        name: str | None,
+        seeing: VisionChoice,
+        answering: DecoderChoice,
+        overwrite: bool,
+    ) -> _Export:
+        """Check all that can be checked before anything is written."""
+        from edge_vlm_export.steps.decoder_step import DecoderExport
+        from edge_vlm_export.steps.vision_step import VisionExport
 
-        decoder_file, decoder_report = decoding.write(folder, identity.name, so_far, progress)
-        report = Report(vision=vision_report, decoder=decoder_report, decoder_file=decoder_file)
-        if on_report:
-            on_report(report)
-        if report.failures and not allow_loss:
-            raise EdgeVLMError(
-                f"{' and '.join(report.failures)}; nothing was written (--allow-loss keeps it)"
-            )
-        files.append(folder / DECODER_NAME)
-        n_written = sum(path.stat().st_size for path in files)
-        records = record_files(files, Counted("hash", n_written, progress).reach)
-        text = manifest(records, report).to_json()
-        (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
-        verified = Counted("verify", n_written, progress)
-        verify_bundle(folder)
-        verified(n_written)
-    return out
+        if name is not None and not 1 <= len(name) <= 200:
+            raise InputError("name: expected 1 to 200 characters")
+        check_target(out, overwrite)
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
+        if checkpoint.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out}: the checkpoint itself lies there")
+        model = Model(checkpoint)
+        identity = model_identity(model, name)
+        return cls(model, identity, VisionExport(model, seeing), DecoderExport(model, answering))
+
+    def announce(self, parent: Path, notice: Callable[[str], None] | None) -> None:
+        """Tell what goes to disk and check that there is room for it."""
+        total = self.seeing.total_bytes + self.answering.total_bytes
+        if notice:
+            scratch = self.answering.scratch_bytes
+            passing = f", {size_text(scratch)} of it until the decoder is quantized"
+            notice(f"needs {size_text(total)} in {parent.resolve()}{passing if scratch else ''}")
+        check_space(parent, total)
+
+    def manifest(self, records: dict[str, FileRecord], report: Report | None) -> Manifest:
+        """What is known of the bundle."""
+        precisions = self.seeing.choice.precision, self.answering.choice.kind
+        return build_manifest(self.model, self.identity, records, *precisions, report)
+
+    def write(
+        self,
+        out: Path,
+        overwrite: bool,
+        external_data_bytes: int | None,
+        progress: Progress | None,
+        on_report: OnReport | None,
+        *,
+        allow_loss: bool,
+    ) -> Path:
+        """Write all files beside ``out``, measure and verify them, rename."""
+        from edge_vlm_export.proof.open_check import verify_bundle
+
+        with new_folder(out, overwrite) as folder:
+            files, seen = self.seeing.write(folder / VISION_NAME, external_data_bytes, progress)
+
+            def so_far() -> Bundle:
+                return Bundle(folder, self.manifest(unhashed([*files, path]), None))
+
+            path = folder / DECODER_NAME
+            stored, answered = self.answering.write(path, self.identity.name, so_far, progress)
+            report = Report(vision=seen, decoder=answered, decoder_file=stored)
+            if on_report:
+                on_report(report)
+            if report.failures and not allow_loss:
+                problems = " and ".join(report.failures)
+                raise EdgeVLMError(f"{problems}; nothing was written (--allow-loss keeps it)")
+            files.append(path)
+            n_written = sum(path.stat().st_size for path in files)
+            records = record_files(files, Counted("hash", n_written, progress).reach)
+            text = self.manifest(records, report).to_json()
+            (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+            verified = Counted("verify", n_written, progress)
+            verify_bundle(folder)
+            verified(n_written)
+        return out
 
 
 def estimated_bytes(folder: Path, vision: str, decoder: str) -> int:
@@ -158,11 +198,3 @@ def estimated_bytes(folder: Path, vision: str, decoder: str) -> int:
     written = {"fp32": 4, "int4": 1}.get(vision, 2) * n_vision
     written += (4 if decoder == "f32" else 2) * n_text
     return written + (quantized_bytes(decoder, n_text, n_table) if decoder in MIXTURES else 0)
-
-
-def _announce(total: int, scratch: int, parent: Path, notice: Callable[[str], None] | None) -> None:
-    """Tell what goes to disk and check that there is room for it."""
-    if notice:
-        passing = f", {size_text(scratch)} of it until the decoder is quantized"
-        notice(f"needs {size_text(total)} in {parent.resolve()}{passing if scratch else ''}")
-    check_space(parent, total)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edge_vlm.bundle.report import VisionReport
 from edge_vlm_export.counted import Counted, Progress
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES
 from edge_vlm_export.graph.precision import Recipe
 from edge_vlm_export.samples.crops import chosen_tiles
-from edge_vlm_export.steps.choices import VisionChoice
 from edge_vlm_export.vision.assembly import PRODUCER, build_vision
 from edge_vlm_export.vision.vision_file import largest_bytes, write_vision
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.report import VisionReport
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.steps.choices import VisionChoice
 
 
 class VisionExport:
@@ -23,7 +26,7 @@ class VisionExport:
     """
 
     def __init__(self, model: Model, choice: VisionChoice) -> None:
-        self._model, self._choice = model, choice
+        self._model, self.choice = model, choice
         self.total_bytes = largest_bytes(model, choice.precision)
         self._tiles = chosen_tiles(choice.calibrate, model) if choice.measured else None
 
@@ -36,7 +39,7 @@ class VisionExport:
             CheckpointError: a tensor cannot be read or does not fit the precision.
             EdgeVLMError: onnxruntime refuses what was written.
         """
-        choice, report = self._choice, None
+        choice, report = self.choice, None
         limit = EXTERNAL_DATA_BYTES if external_bytes is None else external_bytes
         written = Counted("vision", self.total_bytes, progress)
         if self._tiles is None:

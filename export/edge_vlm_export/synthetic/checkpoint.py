@@ -24,7 +24,7 @@ import numpy as np
 
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.config_file import read_object
-from edge_vlm_export.checkpoint.new_folder import check_space, check_target, staged
+from edge_vlm_export.checkpoint.new_folder import check_space, check_target, new_folder
 from edge_vlm_export.checkpoint.tensors import INDEX_NAME, WEIGHTS_NAME, Float32, Shape
 from edge_vlm_export.checkpoint.tokenizer import NAMES, TOKENIZER_NAME
 from edge_vlm_export.families.opened import Description
@@ -74,7 +74,7 @@ def synthesize(
     """
     out, source = Path(out), config_folder(config)
     check_target(out, overwrite=False)
-    with staged(out, overwrite=False) as folder:
+    with new_folder(out, overwrite=False) as folder:
         _write_settings(source, folder, layers, vision_layers)
         model = Description(folder)
         _write_tokenizer(source, folder, model, seed)

@@ -14,15 +14,18 @@ connector reads, and ``image_features``, its output before a row is added.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.architecture import CROPS
 from edge_vlm_export.graph.layers import Layers
-from edge_vlm_export.graph.onnx_graph import Graph
 from edge_vlm_export.graph.precision import Recipe
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.graph.onnx_graph import Graph
 
 PRODUCER = "edge-vlm"
 

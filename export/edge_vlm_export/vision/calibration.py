@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm_export.checkpoint.tensors import Float32
-from edge_vlm_export.graph.architecture import Stage
 from edge_vlm_export.graph.precision import Range, Recipe
-from edge_vlm_export.samples.crops import CalibrationTiles
 from edge_vlm_export.vision.smoothing import Inputs, choose_factors, clipped_range, observer
-from edge_vlm_export.vision.stagewise import StagedTower
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
+    from edge_vlm_export.graph.architecture import Stage
+    from edge_vlm_export.samples.crops import CalibrationTiles
+    from edge_vlm_export.vision.stagewise import StagedTower
 
 
 def calibrate(

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph.precision import HIGHER, Recipe
-from edge_vlm_export.samples.crops import CalibrationTiles
-from edge_vlm_export.vision.stagewise import StagedTower, State
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
+    from edge_vlm_export.samples.crops import CalibrationTiles
+    from edge_vlm_export.vision.stagewise import StagedTower, State
 
 # The worst hundredth of the tokens may be this many times as far from 1 as the mean.
 WORST_FACTOR = 4

@@ -12,12 +12,15 @@ function makes (the product behind a GELU reads it) has to stay as it is. See ``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm_export.checkpoint.tensors import Float32
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.precision import Range
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
 
 STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # SmoothQuant's alpha; the best one is found by trying
 SAMPLE_ROWS = 128

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.architecture import CROPS, Stage, Tower
 from edge_vlm_export.graph.layers import Layers
-from edge_vlm_export.graph.precision import Recipe
-from edge_vlm_export.samples.crops import CalibrationTiles
 from edge_vlm_export.vision.assembly import declare
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.graph.precision import Recipe
+    from edge_vlm_export.samples.crops import CalibrationTiles
 
 _FATAL = 4
 Observe = Callable[[Mapping[str, Float32]], None]

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_vlm.bundle.report import MIN_COSINE, VisionReport
 from edge_vlm.errors import EdgeVLMError
-from edge_vlm_export.checkpoint.tensors import Float32
-from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES, Written
 from edge_vlm_export.graph.precision import QUANTIZED, Recipe
-from edge_vlm_export.samples.crops import CalibrationTiles
 from edge_vlm_export.vision.assembly import PRODUCER, build_vision
 from edge_vlm_export.vision.calibration import calibrate
 from edge_vlm_export.vision.error_budget import Loss, fit, loss
 from edge_vlm_export.vision.stagewise import StagedTower, session
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Float32
+    from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.samples.crops import CalibrationTiles
 
 Progress = Callable[[int, int], None]  # stages done, stages known so far
 

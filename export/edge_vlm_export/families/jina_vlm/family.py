@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from edge_vlm.errors import CheckpointError, InputError
-from edge_vlm.families.base import Float32
 from edge_vlm.families.jina_vlm.tiling import JinaPrompt, JinaTokens
 from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.config_file import check_same
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, named_token, read_byte_level
 from edge_vlm_export.families.base import Family, Spread
 from edge_vlm_export.families.jina_vlm.config import IMAGE_PROMPT_TOKEN, JinaSettings, read_settings
 from edge_vlm_export.families.jina_vlm.language import decoder, text_bias_shapes
 from edge_vlm_export.families.jina_vlm.vision import vision_tower
-from edge_vlm_export.families.llama_like import LlamaLike
-from edge_vlm_export.graph.architecture import Tower
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import Float32
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
+    from edge_vlm_export.families.llama_like import LlamaLike
+    from edge_vlm_export.graph.architecture import Tower
 
 # Special tokens of a picture's block, and the preprocessor's keys that repeat their ids.
 _IDS = {

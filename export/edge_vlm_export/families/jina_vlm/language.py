@@ -10,9 +10,12 @@ picture: they can be read, never generated.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from edge_vlm_export.checkpoint.tensors import Shape
 from edge_vlm_export.families.llama_like import LlamaLike, Rows, TextSettings
+
+if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Shape
 
 TEXT = "model.language_model."
 EMBEDDING = f"{TEXT}embedding.embedding"

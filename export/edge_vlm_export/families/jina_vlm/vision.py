@@ -13,9 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-from edge_vlm_export.checkpoint.tensors import Shape
-from edge_vlm_export.families.jina_vlm.config import VisionSettings
 from edge_vlm_export.families.vit import (
     BlockNames,
     BlockTensors,
@@ -27,6 +24,9 @@ from edge_vlm_export.families.vit import (
 from edge_vlm_export.graph.architecture import CROPS, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
+    from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
+    from edge_vlm_export.checkpoint.tensors import Shape
+    from edge_vlm_export.families.jina_vlm.config import VisionSettings
     from edge_vlm_export.graph.layers import Layers
 
 VISION = "model.vision_model."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.base import Prompt, Tokens
@@ -13,7 +14,9 @@ from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
 from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
 from edge_vlm_export.families.llava_onevision.vision import NEWLINE, vision_tower
-from edge_vlm_export.graph.architecture import Tower
+
+if TYPE_CHECKING:
+    from edge_vlm_export.graph.architecture import Tower
 
 TEXT = "language_model."
 

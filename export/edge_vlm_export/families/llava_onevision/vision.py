@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-from edge_vlm_export.checkpoint.tensors import Shape
-from edge_vlm_export.families.llava_onevision.config import Config
 from edge_vlm_export.families.vit import (
     BlockTensors,
     PatchEmbedding,
@@ -24,6 +21,9 @@ from edge_vlm_export.families.vit import (
 from edge_vlm_export.graph.architecture import AttentionSizes, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
+    from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+    from edge_vlm_export.checkpoint.tensors import Shape
+    from edge_vlm_export.families.llava_onevision.config import Config
     from edge_vlm_export.graph.layers import Layers
 
 VISION = "vision_tower.vision_model."
