@@ -15,6 +15,10 @@ Exceptions of onnxruntime, Pillow, pydantic and the operating system are convert
 library is called; the original stays attached as ``__cause__``.
 """
 
+from __future__ import annotations
+
+import os
+
 
 class EdgeVLMError(Exception):
     """Base of every error raised on purpose; its text is one line for the user."""
@@ -60,3 +64,10 @@ class Cancelled(EdgeVLMError):  # noqa: N818 - named for the event, as concurren
     """The caller asked to stop."""
 
     exit_code = 130
+
+
+def label(path: str | os.PathLike[str]) -> str:
+    """A path for a message of one line."""
+    name = os.fspath(path)
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    return name if name.isprintable() else repr(name)

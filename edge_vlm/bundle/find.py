@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from edge_vlm.errors import BundleError
-from edge_vlm.machine.folders import APP, WINDOWS_DEVICE, config_folder, label
+from edge_vlm.errors import BundleError, label
+from edge_vlm.machine.folders import APP, WINDOWS_DEVICE, config_folder
 
 EMBEDDED = "demo"
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_vlm.errors import EdgeVLMError
-from edge_vlm.machine.folders import label
+from edge_vlm.errors import EdgeVLMError, label
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -28,11 +28,11 @@ from pydantic import (
 
 from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded
 from edge_vlm.bundle.report import Report
-from edge_vlm.errors import BundleError, InputError
+from edge_vlm.errors import BundleError, InputError, label
 from edge_vlm.families.base import DEFAULT, Family, ImageProcessor, Prompt, Tokens, find_family
 from edge_vlm.families.parts import Part, Printable
 from edge_vlm.families.sizes import Decoder, Vision
-from edge_vlm.machine.folders import WINDOWS_DEVICE, label
+from edge_vlm.machine.folders import WINDOWS_DEVICE
 
 FORMAT_VERSION = 3  # 3 names its family, 2 has a report; jina-vlm's earlier ones are still read
 MANIFEST_NAME = "bundle.json"

@@ -9,18 +9,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from edge_vlm.errors import EdgeVLMError
+from edge_vlm.errors import EdgeVLMError, label
 
 APP = "edge-vlm"
 CACHE_OFF = ("", "off")
 WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
-
-
-def label(path: str | os.PathLike[str]) -> str:
-    """A path for a message of one line."""
-    name = os.fspath(path)
-    name = name if len(name) <= 300 else f"{name[:300]}..."
-    return name if name.isprintable() else repr(name)
 
 
 def cache_folder(environment: Mapping[str, str] | None = None) -> Path:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import ImageError, InputError
-from edge_vlm.machine.folders import label
+from edge_vlm.errors import ImageError, InputError, label
 from edge_vlm.pictures.image import EXTRA_FORMATS, FORMATS, MAX_FILE_BYTES, load_image
 
 if TYPE_CHECKING:

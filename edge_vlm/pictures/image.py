@@ -23,8 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.errors import ImageError
-from edge_vlm.machine.folders import label
+from edge_vlm.errors import ImageError, label
 from edge_vlm.machine.settings import MAX_PIXELS
 
 if TYPE_CHECKING:

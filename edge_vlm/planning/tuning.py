@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_vlm.errors import InputError
+from edge_vlm.errors import InputError, label
 from edge_vlm.machine.engine_settings import EngineSettings
-from edge_vlm.machine.folders import config_folder, label, write_file
+from edge_vlm.machine.folders import config_folder, write_file
 from edge_vlm.machine.hardware import fingerprint
 from edge_vlm.planning.speeds import Speeds
 

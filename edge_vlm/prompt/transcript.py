@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_vlm.errors import EdgeVLMError, PromptError
-from edge_vlm.machine.folders import label, write_file
+from edge_vlm.errors import EdgeVLMError, PromptError, label
+from edge_vlm.machine.folders import write_file
 from edge_vlm.prompt.messages import Message, openai_messages
 
 MAX_BYTES = 512 << 20  # pictures may be inside, as data: URLs

@@ -23,8 +23,14 @@ from edge_vlm_export.decoder.quantizer import quantize_decoder, save_imatrix
 from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.fidelity import compare, distance
-from edge_vlm_export.samples.conversations import BUILTIN, builtin_samples, read_samples, split
-from edge_vlm_export.samples.prompts import Prompt, PromptMaker
+from edge_vlm_export.samples.conversations import (
+    BUILTIN,
+    Prompt,
+    builtin_samples,
+    read_samples,
+    split,
+)
+from edge_vlm_export.samples.prompts import PromptMaker
 from PIL import Image
 
 from edge_vlm.bundle.manifest import Bundle, parse_manifest

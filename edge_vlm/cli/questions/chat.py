@@ -373,7 +373,7 @@ def _check_picture(source: str, settings: MachineSettings) -> tuple[int, int]:
 
 
 def _name(source: Any) -> str:
-    from edge_vlm.machine.folders import label
+    from edge_vlm.errors import label
 
     if isinstance(source, str) and not source.startswith("data:"):
         return label(source)

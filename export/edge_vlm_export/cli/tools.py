@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from edge_vlm import __version__
-from edge_vlm.cli.display import Steps
 from edge_vlm.cli.main import run
-from edge_vlm.cli.options import verbose_option
+from edge_vlm_export.cli import synthesize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,50 +17,7 @@ def group() -> None:
     """Tools around checkpoints; a bundle is made by `edge-vlm export`."""
 
 
-@group.command("synthesize")
-@click.option(
-    "--config",
-    default="jina-vlm",
-    show_default=True,
-    metavar="NAME_OR_FOLDER",
-    help="jina-vlm, demo, or a folder with config.json and the other settings files.",
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--layers", type=click.IntRange(1), help="Decoder layers, if not the config's.")
-@click.option(
-    "--vision-layers", type=click.IntRange(1), help="Layers of the vision tower, likewise."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@verbose_option
-def synthesize_command(
-    config: str,
-    out: Path,
-    layers: int | None,
-    vision_layers: int | None,
-    seed: int,
-) -> None:
-    """Write a random checkpoint in the released layout and size.
-
-    With jina-vlm: 2.4 billion bfloat16 numbers, 5 GB, a few minutes. Its answers mean nothing; its
-    export and its speed are those of the real model.
-
-    \b
-    edge-vlm-export synthesize --out ./random
-    edge-vlm export ./random --out ./random-bundle
-    """
-    from edge_vlm_export.synthetic.checkpoint import synthesize
-
-    with Steps() as steps:
-        folder = synthesize(
-            config,
-            out,
-            layers=layers,
-            vision_layers=vision_layers,
-            seed=seed,
-            progress=steps.show,
-        )
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    click.echo(f"{folder}: {size / 1e6:.1f} MB", err=True)
+group.add_command(synthesize.command)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from edge_vlm_export.decoder.reference import Reference
-    from edge_vlm_export.samples.prompts import Prompt
+    from edge_vlm_export.samples.conversations import Prompt
 
 Float32 = npt.NDArray[np.float32]
 _FLOOR = 1e-6  # of the mean: a column that was never used still has to be stored somehow

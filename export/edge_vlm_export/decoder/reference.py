@@ -18,7 +18,7 @@ from edge_vlm_export.checkpoint.tensors import Float32
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
-    from edge_vlm_export.samples.prompts import Prompt
+    from edge_vlm_export.samples.conversations import Prompt
 
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]

@@ -16,7 +16,8 @@ from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_sampl
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
-    from edge_vlm_export.samples.prompts import Prompt, PromptMaker
+    from edge_vlm_export.samples.conversations import Prompt
+    from edge_vlm_export.samples.prompts import PromptMaker
 
 ENOUGH_POSITIONS = 512  # of held-out prompts when nothing is calibrated
 MAX_LIKELIHOOD = 600.0  # nats; keeps a perplexity finite

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edge_vlm.machine.child import call_apart
 from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.families.opened import Model
-from edge_vlm_export.samples.prompts import Prompt
+from edge_vlm_export.samples.conversations import Prompt
 
 Float64 = npt.NDArray[np.float64]
 _POSITIONS_AT_ONCE = 128  # for which the reference's logits are computed

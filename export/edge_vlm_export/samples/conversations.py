@@ -47,6 +47,19 @@ class Sample:
         return out
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation; ``ids`` is (n,) int32, -1 where the next of ``rows`` stands."""
+
+    ids: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.float32]  # (n_rows, hidden_size)
+
+    @property
+    def targets(self) -> npt.NDArray[np.int32]:
+        """(n,) the id that follows each position; -1 where no text follows."""
+        return np.append(self.ids[1:], np.int32(-1))
+
+
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Samples to calibrate with, and held-out ones to measure on (none of a single sample)."""
     held_out = [s for index, s in enumerate(samples) if index % HELD_OUT == HELD_OUT - 1]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.decoder.decoder import Decoder
 from edge_vlm.families.base import family_of
@@ -15,6 +14,7 @@ from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.tower import VisionTower
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
+from edge_vlm_export.samples.conversations import Prompt
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
@@ -22,20 +22,6 @@ if TYPE_CHECKING:
 
 MAX_TILES = 2  # of a picture, besides the thumbnail: enough to measure, and soon computed
 MAX_POSITIONS = 2048  # of a prompt
-Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One conversation; ``ids`` is (n,) int32, -1 where the next of ``rows`` stands."""
-
-    ids: npt.NDArray[np.int32]
-    rows: Float32  # (n_rows, hidden_size)
-
-    @property
-    def targets(self) -> npt.NDArray[np.int32]:
-        """(n,) the id that follows each position; -1 where no text follows."""
-        return np.append(self.ids[1:], np.int32(-1))
 
 
 class PromptMaker:

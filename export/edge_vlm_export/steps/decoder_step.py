@@ -29,8 +29,8 @@ from edge_vlm_export.proof.decoder_report import (
     measuring_prompts,
     source_name,
 )
-from edge_vlm_export.samples.conversations import read_samples, split
-from edge_vlm_export.samples.prompts import Prompt, PromptMaker
+from edge_vlm_export.samples.conversations import Prompt, read_samples, split
+from edge_vlm_export.samples.prompts import PromptMaker
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
