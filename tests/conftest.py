@@ -17,7 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.fake_engine import FakeEngine
+
 GOLDEN = Path(__file__).parent / "golden"
+NO_ENGINE = Path(__file__).parent / "no_engine"  # what is imported there says that it must not be
+ENGINE_FIXTURES = frozenset({"bundle", "run", "vlm"})
 GOLDEN_NAMES = ("tiny-378", "tiny-126-tied")
 COMMAND = shutil.which("edge-vlm", path=str(Path(sys.executable).parent)) or "edge-vlm"
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
@@ -79,6 +83,36 @@ def golden_cases() -> list[GoldenCase]:
     return [case for name in GOLDEN_NAMES for case in load_golden(name).cases.values()]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is marked ``engine`` or ``unit``; unit tests run first.
+
+    An engine test says so with ``pytest.mark.engine``, or uses a fixture that exports a model, runs
+    the command with one or is one.
+    """
+    for item in items:
+        if not ENGINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+        elif not needs_engine(item):
+            item.add_marker("unit")
+    items.sort(key=needs_engine)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """In a unit test and its fixtures, llama.cpp cannot be imported, nor in its child processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not needs_engine(item):
+            patch.setitem(sys.modules, "llama_cpp", None)
+            patch.setenv("PYTHONPATH", str(NO_ENGINE), prepend=os.pathsep)
+        return (yield)
+
+
+def needs_engine(item: pytest.Item) -> bool:
+    """Whether a test may use llama.cpp and models."""
+    return item.get_closest_marker("engine") is not None
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, GoldenModel]:
     """The golden models by name: "tiny-378" and "tiny-126-tied"."""
@@ -111,6 +145,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return export
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeEngine:
+    """A toy model whose answers the test writes."""
+    return FakeEngine(tmp_path / "toy-bundle")
 
 
 @pytest.fixture

@@ -14,18 +14,17 @@ import numpy.typing as npt
 import onnx
 import pytest
 from edge_vlm_export import export_checkpoint
+from PIL import ImageFont
 from tokenizers import Tokenizer
 
 from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
-from edge_vlm.families.jina_vlm import tiling
-from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
-from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles, plan_tiling
-from models.demo import fonts
+from edge_vlm.families.jina_vlm.tiling import plan_tiling
+from edge_vlm.pictures.tower import VisionTower
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
 from models.demo.drawing import PALETTE
-from models.demo.fonts import font_files
+from models.demo.fonts import font_files, load_font
 from models.demo.language import LANGUAGES
 from models.demo.questions import FAMILIES
 
@@ -53,13 +52,21 @@ def test_fonts_for_evaluation_are_not_trained_on(monkeypatch: pytest.MonkeyPatch
     assert len(held_back) > 5
     assert not training & held_back
 
-    used: set[bool] = set()
-    monkeypatch.setattr(fonts, "font_files", lambda side: used.add(side) or font_files(side))
-    for first, side in ((0, False), (EVALUATION_SEEDS, True)):
+    used: set[str] = set()
+    real = ImageFont.truetype
+
+    def opened(path: str, *args: Any, **options: Any) -> Any:
+        used.add(Path(path).name)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(ImageFont, "truetype", opened)
+    for first, side in ((0, training), (EVALUATION_SEEDS, held_back)):
+        load_font.cache_clear()
         used.clear()
         for seed in range(first, first + 10):
             make_picture(seed, {"words": 1.0})
-        assert used == {side}
+        assert used
+        assert used <= side
 
 
 def test_every_family_in_every_language(pictures: list[Picture]) -> None:
@@ -122,6 +129,7 @@ def test_training_also_sees_pages_of_print() -> None:
     assert "page" in TRAINING_MIXTURE
 
 
+@pytest.mark.engine
 def test_the_bundle_is_the_exported_checkpoint(tmp_path: Path) -> None:
     shipped = Bundle.open(embedded_bundle())
     manifest = shipped.manifest
@@ -162,22 +170,31 @@ def _weights(path: Path) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
     return found
 
 
-@pytest.mark.parametrize("blank", ["tiles", "thumbnail"])
-def test_both_views_of_a_picture_matter(monkeypatch: pytest.MonkeyPatch, blank: str) -> None:
+class HalfBlind(VisionTower):
+    """Sees black instead of some crops."""
+
+    def __init__(self, blank: slice) -> None:
+        super().__init__(Bundle.open(embedded_bundle()))
+        self.blank = blank
+
+    def encode_parts(self, feed: Any, *args: Any, **options: Any) -> Any:
+        crops = feed["crops"].copy()
+        crops[self.blank] = -1
+        return super().encode_parts({**feed, "crops": crops}, *args, **options)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("blank", [slice(1, None), slice(0, 1)], ids=["tiles", "thumbnail"])
+def test_both_views_of_a_picture_matter(blank: slice) -> None:
     """Many of the example questions are answered wrongly without tiles or thumbnail."""
     questions = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
+    settings = MachineSettings(threads=1, cache=None, tile_memory=0)
 
-    def cut(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> JinaTiles:
-        tiles = cut_tiles(pixels, settings)
-        tiles.crops[slice(1, None) if blank == "tiles" else slice(0, 1)] = -1
-        return tiles
+    def n_right(vision: VisionTower) -> int:
+        with EdgeVLM.load("demo", settings=settings, vision=vision) as vlm:
+            answers = [vlm.ask(EXAMPLES / q["image"], q["question"]).answer for q in questions]
+        return sum(said == q["answer"] for said, q in zip(answers, questions, strict=True))
 
-    def n_right(vlm: EdgeVLM) -> int:
-        return sum(
-            vlm.ask(EXAMPLES / q["image"], q["question"]).answer == q["answer"] for q in questions
-        )
-
-    with EdgeVLM.load("demo", settings=MachineSettings(threads=1, cache=None)) as vlm:
-        whole = n_right(vlm)
-        monkeypatch.setattr(tiling, "cut_tiles", cut)
-        assert n_right(vlm) < 0.75 * whole
+    whole = n_right(VisionTower(Bundle.open(embedded_bundle())))
+    assert whole > 0.9 * len(questions)
+    assert n_right(HalfBlind(blank)) < 0.75 * whole

@@ -27,13 +27,20 @@ _CHUNK = 1 << 20
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def verify(bundle: Bundle, *, again: bool = False, progress: OnBytes | None = None) -> None:
+def verify(
+    bundle: Bundle,
+    *,
+    again: bool = False,
+    progress: OnBytes | None = None,
+    always: int = ALWAYS_HASHED_BYTES,
+) -> None:
     """Check every file of a bundle against its manifest.
 
     Args:
         bundle: the bundle.
         again: hash also the files that are remembered as right.
         progress: called with the bytes hashed and to hash.
+        always: bytes of files that are too small to be remembered.
 
     Raises:
         BundleError: a file differs or cannot be read.
@@ -42,7 +49,7 @@ def verify(bundle: Bundle, *, again: bool = False, progress: OnBytes | None = No
     waiting = {}
     for name, record in bundle.manifest.files.items():
         stamp = _stamp(bundle.file(name), record.sha256)
-        if record.size <= ALWAYS_HASHED_BYTES or remembered.get(name) != stamp:
+        if record.size <= always or remembered.get(name) != stamp:
             waiting[name] = record
     total = sum(record.size for record in waiting.values())
     done = 0
@@ -58,7 +65,7 @@ def verify(bundle: Bundle, *, again: bool = False, progress: OnBytes | None = No
                 f"{path}: its SHA-256 differs from the manifest; copy or export the bundle again"
             )
         done += record.size
-    if any(record.size > ALWAYS_HASHED_BYTES for record in waiting.values()):
+    if any(record.size > always for record in waiting.values()):
         _write_stamps(bundle)
 
 

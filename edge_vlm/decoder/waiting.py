@@ -19,12 +19,42 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-_INTERVAL = 0.2  # seconds between two looks at the machine
+INTERVAL = 0.2  # seconds between two looks at the machine
 _NOTICED = 0.3  # cores that others may take; the clock of Linux has a resolution of 0.05 to 0.1
 _QUIET_LOOKS = 2  # in turn, until it is believed
+
+
+class Times(NamedTuple):
+    """Seconds."""
+
+    at: float
+    busy: float  # of all programs on the cores that are ours to use
+    own: float  # of this process
+
+
+def times() -> Times:
+    """Of the cores that are ours to use.
+
+    Raises:
+        OSError, RuntimeError: the system does not tell.
+    """
+    import psutil
+
+    cores = psutil.cpu_times(percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        cores = [cores[i] for i in os.sched_getaffinity(0) if i < len(cores)]
+    names = ("user", "nice", "system", "irq", "softirq")
+    busy = sum(getattr(core, name, 0.0) for core in cores for name in names)
+    return Times(time.monotonic(), busy, time.process_time())
+
+
+def taken_by_others(before: Times, now: Times) -> float:
+    """Cores that other programs were using between two looks."""
+    seconds, busy, own = (b - a for a, b in zip(before, now, strict=True))
+    return max(0.0, busy - own) / max(seconds, 1e-3)
 
 
 class Patience:
@@ -32,21 +62,30 @@ class Patience:
 
     Args:
         library: llama.cpp's. Without libgomp among what it uses, nothing is ever done.
+        look: at the machine; a system that does not tell raises OSError or RuntimeError.
+        interval: seconds between two looks.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        look: Callable[[], Times] = times,
+        interval: float = INTERVAL,
+    ) -> None:
+        self._times = look
+        self._interval = interval
         self._guard = threading.Lock()
         self._n_working = 0
         self._stop = threading.Event()
         self._crowd: _Crowd | None = None
-        self._seen: _Times | None = None  # at the last look
+        self._seen: Times | None = None  # at the last look
         self._is_quiet = True  # as it was then; a wrong guess lasts no longer than to the next one
         self._parallel: Any = getattr(library, "GOMP_parallel", None)
         if self._parallel:
             self._nothing: Any = library.omp_get_level
             self.n_cores = int(library.omp_get_num_procs())
             with contextlib.suppress(OSError, RuntimeError):
-                self._seen = _times()
+                self._seen = self._times()
 
     @contextlib.contextmanager
     def watching(self, n_threads: int) -> Iterator[None]:
@@ -90,19 +129,19 @@ class Patience:
         A picture is encoded between two answers, and before the first one.
         """
         try:
-            now = _times()
+            now = self._times()
         except (OSError, RuntimeError):
             return False
-        if self._seen is None or now.at < self._seen.at + _INTERVAL:
+        if self._seen is None or now.at < self._seen.at + self._interval:
             self._seen = self._seen or now
             return self._is_quiet
         return self._look(now, n_threads)
 
-    def _look(self, now: _Times, n_threads: int) -> bool:
+    def _look(self, now: Times, n_threads: int) -> bool:
         """Whether others left the cores alone since the last look; this one is kept."""
         spare = max(0, self.n_cores - n_threads)
         before, self._seen = self._seen or now, now
-        self._is_quiet = _taken_by_others(before, now) <= spare + _NOTICED
+        self._is_quiet = taken_by_others(before, now) <= spare + _NOTICED
         return self._is_quiet
 
     def _watch(self, n_threads: int, stop: threading.Event) -> None:
@@ -115,8 +154,8 @@ class Patience:
 
     def _decide(self, n_threads: int, stop: threading.Event) -> None:
         n_quiet = 0
-        while not stop.wait(_INTERVAL):
-            now = _times()
+        while not stop.wait(self._interval):
+            now = self._times()
             with self._guard:
                 if stop.is_set():
                     return
@@ -145,28 +184,3 @@ class _Crowd:
     def leave(self) -> None:
         """End them."""
         self._left.set()
-
-
-class _Times(NamedTuple):
-    """Seconds."""
-
-    at: float
-    busy: float  # of all programs on the cores that are ours to use
-    own: float  # of this process
-
-
-def _times() -> _Times:
-    import psutil
-
-    cores = psutil.cpu_times(percpu=True)
-    if hasattr(os, "sched_getaffinity"):
-        cores = [cores[i] for i in os.sched_getaffinity(0) if i < len(cores)]
-    names = ("user", "nice", "system", "irq", "softirq")
-    busy = sum(getattr(core, name, 0.0) for core in cores for name in names)
-    return _Times(time.monotonic(), busy, time.process_time())
-
-
-def _taken_by_others(before: _Times, now: _Times) -> float:
-    """Cores that other programs were using between two looks."""
-    seconds, busy, own = (b - a for a, b in zip(before, now, strict=True))
-    return max(0.0, busy - own) / max(seconds, 1e-3)

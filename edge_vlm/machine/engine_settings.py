@@ -9,7 +9,7 @@ from typing import Any
 
 from edge_vlm.errors import InputError
 from edge_vlm.machine.hardware import default_threads
-from edge_vlm.machine.memory import CAN_FORGET
+from edge_vlm.machine.memory import can_forget
 
 # Rows from which on it pays to lay the KV cache out for flash attention and back.
 FLASH_ROWS = 512
@@ -90,7 +90,7 @@ class EngineSettings:
 
     def with_repack(self, repack: bool) -> EngineSettings:
         """Interleaved weights or not; the file is mapped where that is no second copy of them."""
-        return replace(self, repack=repack, mmap=CAN_FORGET or not repack)
+        return replace(self, repack=repack, mmap=can_forget() or not repack)
 
 
 def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
@@ -109,7 +109,7 @@ def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
         arm: whether the machine has such a processor; without it, this machine.
     """
     threads = default_threads()
-    can_forget = CAN_FORGET or arm is not None
+    is_mapped = can_forget() or arm is not None
     if arm is None:
         arm = platform.machine().lower() in ("aarch64", "arm64")
     repack = arm or precision == "q4_0"
@@ -121,7 +121,7 @@ def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
         batch_size=256 if arm else 512,
         flash_attention="off" if arm else "prefill",
         repack=repack,
-        mmap=can_forget or not repack,
+        mmap=is_mapped or not repack,
         spinning=False,
         tiles_per_call=1,
     )

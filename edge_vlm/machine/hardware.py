@@ -64,11 +64,11 @@ def this_machine() -> Machine:
     )
 
 
-def default_threads() -> int:
+def default_threads(root: Path = CGROUP) -> int:
     """Physical cores this process may use, or as many as a container's limit allows."""
     import psutil
 
-    usable, limit = _usable_cores(), cpu_limit()
+    usable, limit = _usable_cores(), cpu_limit(root)
     physical: int | None = psutil.cpu_count(logical=False)
     allowed = math.ceil(limit) if limit else usable
     return max(1, min(usable, physical or usable, allowed))

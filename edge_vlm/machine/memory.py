@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-CAN_FORGET = sys.platform == "linux"  # see ``forget_mapped``
 _MADV_DONTNEED = 4  # of Linux
 
 
@@ -43,6 +42,11 @@ def give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def can_forget() -> bool:
+    """Whether ``forget_mapped`` does anything here."""
+    return sys.platform == "linux"
+
+
 def forget_mapped(path: Path) -> None:
     """Let go of the pages of a mapped file; those that are read come back from the page cache.
 
@@ -52,7 +56,7 @@ def forget_mapped(path: Path) -> None:
     are interleaved are never read again. Linux alone; elsewhere nothing happens. The file must stay
     mapped meanwhile: what took its place would be lost.
     """
-    if not CAN_FORGET:
+    if not can_forget():
         return
     name = str(path.resolve())
     with contextlib.suppress(OSError, AttributeError, ValueError):

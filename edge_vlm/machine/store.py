@@ -106,13 +106,15 @@ class Store:
     Args:
         folder: created when something is kept.
         limit: bytes.
+        max_entries: of them, see ``MAX_ENTRIES``.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, max_entries: int = MAX_ENTRIES) -> None:
         self._folder = folder
         self._entries = folder / "entries"
         self._new = folder / "new"
         self._limit = limit
+        self._max_entries = max_entries
         self._writer: ThreadPoolExecutor | None = None
         self._waiting: list[Future[None]] = []
         self._guard = threading.Lock()
@@ -217,7 +219,7 @@ class Store:
             size = _on_disk(_HEADER_BYTES + entry.payload.nbytes)
             if path in known or size > allowed:
                 continue
-            while files and (used + size > allowed or count >= MAX_ENTRIES):
+            while files and (used + size > allowed or count >= self._max_entries):
                 oldest = files.pop()
                 oldest.path.unlink(missing_ok=True)
                 used -= oldest.size

@@ -18,7 +18,7 @@ from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.machine.engine_settings import EngineSettings, logical_cores
 from edge_vlm.machine.hardware import default_threads
-from edge_vlm.machine.memory import CAN_FORGET
+from edge_vlm.machine.memory import can_forget
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import now, versions
 from edge_vlm.measure.worker import Worker
@@ -102,7 +102,7 @@ class _Search:
                     continue
                 if name == "repack" and "mmap" not in self._fixed:
                     candidate = self._best.with_repack(value)
-                if name == "mmap" and candidate.mmap and candidate.repack and not CAN_FORGET:
+                if name == "mmap" and candidate.mmap and candidate.repack and not can_forget():
                     continue  # two copies
                 if _is_faster(measure, self._best, candidate, MARGINS.get(name, DEFAULT_MARGIN)):
                     self._best = candidate

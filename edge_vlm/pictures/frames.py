@@ -26,20 +26,10 @@ if TYPE_CHECKING:
     from edge_vlm.progress import CancelToken
 
 COMMAND_SECONDS = 30.0
-
-
 SETTLE_SECONDS = 0.3  # a file that did not change for so long is taken as written
-
-
 BROKEN_SECONDS = 5.0  # one that cannot be read may still be written for so long
-
-
 _POLL_SECONDS = 0.1
-
-
 _CAMERA_QUEUE = 5  # frames that a driver may have waiting
-
-
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
     "PNG": (".png",),
@@ -49,7 +39,6 @@ _SUFFIXES = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
 }
-
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -91,19 +80,27 @@ class Folder:
         every: seconds between two looks.
         existing: whether pictures that are there at the beginning count as new.
         settings: limits for pictures.
+        broken_after: seconds that a file which cannot be read may still be written for.
 
     Raises:
         InputError: there is no such folder.
     """
 
     def __init__(
-        self, path: Path, *, every: float, existing: bool, settings: MachineSettings
+        self,
+        path: Path,
+        *,
+        every: float,
+        existing: bool,
+        settings: MachineSettings,
+        broken_after: float = BROKEN_SECONDS,
     ) -> None:
         if not path.is_dir():
             raise InputError(f"{label(path)}: no such folder")
         self._path = path
         self._every = max(every, _POLL_SECONDS)
         self._settings = settings
+        self._broken_after = broken_after
         formats = {name.upper() for name in settings.image_formats} & set(EXTRA_FORMATS)
         self._suffixes = {suffix for name in {*FORMATS, *formats} for suffix in _SUFFIXES[name]}
         self._done = {} if existing else self._stamps()  # the state in which each was answered
@@ -133,7 +130,7 @@ class Folder:
                     waiting = True
                     continue
                 frame = _load(str(path), path, self._settings)
-                if frame.error and now - since < BROKEN_SECONDS:
+                if frame.error and now - since < self._broken_after:
                     continue
                 self._done[path] = stamp
                 first_seen.pop(path, None)
@@ -168,6 +165,7 @@ class Command:
         every: seconds from the beginning of one run to that of the next.
         settings: limits for pictures.
         seconds: after which a run is ended.
+        max_bytes: that a run may write.
 
     Raises:
         InputError: there is no such program.
@@ -180,6 +178,7 @@ class Command:
         every: float,
         settings: MachineSettings,
         seconds: float = COMMAND_SECONDS,
+        max_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         try:
             self._arguments = shlex.split(line, posix=os.name == "posix")
@@ -191,6 +190,7 @@ class Command:
         self._every = every
         self._settings = settings
         self._seconds = seconds
+        self._max_bytes = max_bytes
 
     def frames(self, pause: Pause) -> Iterator[Frame]:
         """Pictures without end.
@@ -223,14 +223,14 @@ class Command:
 
         def read() -> None:
             if process.stdout:
-                found.append(process.stdout.read(MAX_FILE_BYTES + 1))
+                found.append(process.stdout.read(self._max_bytes + 1))
                 process.stdout.close()
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         deadline = time.monotonic() + self._seconds
         try:
-            while reader.is_alive() or (process.poll() is None and not _too_large(found)):
+            while reader.is_alive() or (process.poll() is None and not self._too_large(found)):
                 if time.monotonic() > deadline:
                     raise ImageError(f"{name}: did not end within {self._seconds:g} s")
                 reader.join(_POLL_SECONDS / 10)
@@ -238,11 +238,14 @@ class Command:
         finally:
             _end(process)
             reader.join()
-        if _too_large(found):
-            raise ImageError(f"{name}: wrote more than {MAX_FILE_BYTES >> 20} MiB")
+        if self._too_large(found):
+            raise ImageError(f"{name}: wrote more than {self._max_bytes >> 20} MiB")
         if process.returncode:
             raise ImageError(f"{name}: ended with code {process.returncode}")
         return found[0]
+
+    def _too_large(self, found: Sequence[bytes]) -> bool:
+        return bool(found) and len(found[0]) > self._max_bytes
 
 
 class Camera:
@@ -301,10 +304,6 @@ def _load(source: str, image: Any, settings: MachineSettings) -> Frame:
     except ImageError as error:
         return Frame(source, error=str(error))
     return Frame(source, pixels)
-
-
-def _too_large(found: Sequence[bytes]) -> bool:
-    return bool(found) and len(found[0]) > MAX_FILE_BYTES
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

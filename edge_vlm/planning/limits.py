@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edge_vlm.errors import BudgetError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.hardware import family, memory_limit
-from edge_vlm.machine.memory import CAN_FORGET, available_bytes
+from edge_vlm.machine.memory import available_bytes, can_forget
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS, limit_tiles
 from edge_vlm.planning.request import (
@@ -160,7 +160,7 @@ def request_settings(
         flash_attention="on" if engines.flash_attention == "auto" else engines.flash_attention,
         repack=engines.repack,
         mmap=engines.mmap,
-        on_demand=processor_family is not None or CAN_FORGET,
+        on_demand=processor_family is not None or can_forget(),
         residency="in-turns" if settings.residency == "in-turns" else "together",
         tiles_per_call=engines.tiles_per_call,
         vision_streams=engines.streams,

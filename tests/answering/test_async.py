@@ -15,6 +15,7 @@ PICTURE = Path(__file__).parents[2] / "examples" / "images" / "receipt-1.png"
 QUESTION = "What is the total?"
 
 
+@pytest.mark.engine
 def test_answers_are_those_of_the_ordinary_front() -> None:
     async def main() -> None:
         async with await AsyncEdgeVLM.load("demo") as vlm:
@@ -43,6 +44,7 @@ def test_answers_are_those_of_the_ordinary_front() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.engine
 def test_a_cancelled_task_stops_its_answer() -> None:
     async def main() -> None:
         async with await AsyncEdgeVLM.load("demo") as vlm:
@@ -66,6 +68,7 @@ def test_a_cancelled_task_stops_its_answer() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.engine
 def test_a_token_of_the_callers_stops_it_too() -> None:
     async def main() -> None:
         vlm = AsyncEdgeVLM(EdgeVLM.load("demo"))

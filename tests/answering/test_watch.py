@@ -25,9 +25,17 @@ from PIL import Image
 from edge_vlm import Cancelled, CancelToken, EdgeVLM, InputError, MachineSettings
 from edge_vlm.answering.watch import changed, watch
 from edge_vlm.families.jina_vlm.tiling import cut_tiles
-from edge_vlm.pictures import frames as watch_module
-from edge_vlm.pictures.frames import Camera, Command, Folder, Frame, Pause, Source
+from edge_vlm.pictures.frames import (
+    SETTLE_SECONDS,
+    Camera,
+    Command,
+    Folder,
+    Frame,
+    Pause,
+    Source,
+)
 from tests.conftest import COMMAND, Run, assert_one_line
+from tests.fake_engine import FakeEngine
 
 MODEL = "tiny-126-tied"
 SETTINGS = MachineSettings(threads=1, cache=None)
@@ -105,15 +113,9 @@ def test_only_tiles_that_changed_are_encoded(vlm: EdgeVLM, plain: EdgeVLM) -> No
         assert answer.encoded_crops == len(crops[0])
 
 
-def test_frames_that_did_not_change(vlm: EdgeVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    ask = vlm.ask
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        asked.append(1)
-        return ask(*arguments, **options)
-
-    monkeypatch.setattr(vlm, "ask", counted)
+def test_frames_that_did_not_change(fake: FakeEngine) -> None:
+    asked = fake.decoder.sampled  # once for every answer
+    vlm = fake.load()
     one, two = picture(1), picture(2)
 
     def lines(**options: Any) -> list[dict[str, Any]]:
@@ -195,7 +197,7 @@ def test_a_file_that_is_still_written_is_waited_for(tmp_path: Path, pause: Pause
             for part in range(8):
                 file.write(data[part * len(data) // 8 : (part + 1) * len(data) // 8])
                 file.flush()
-                time.sleep(2.5 * watch_module.SETTLE_SECONDS if part == 3 else 0.05)
+                time.sleep(2.5 * SETTLE_SECONDS if part == 3 else 0.05)
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -206,11 +208,9 @@ def test_a_file_that_is_still_written_is_waited_for(tmp_path: Path, pause: Pause
     assert np.array_equal(frame.pixels, picture(1, 200, 200))
 
 
-def test_a_broken_file_is_told_once(
-    tmp_path: Path, pause: Pause, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch_module, "BROKEN_SECONDS", 0.6)
-    frames = Folder(tmp_path, every=0, existing=False, settings=SETTINGS).frames(pause)
+def test_a_broken_file_is_told_once(tmp_path: Path, pause: Pause) -> None:
+    source = Folder(tmp_path, every=0, existing=False, settings=SETTINGS, broken_after=0.6)
+    frames = source.frames(pause)
     (tmp_path / "broken.png").write_bytes(png(picture(1))[:500])
     assert "damaged" in str(next(frames).error)
     (tmp_path / "good.png").write_bytes(png(picture(2)))
@@ -242,15 +242,15 @@ def test_a_command_is_run_for_each_frame(tmp_path: Path, pause: Pause) -> None:
     assert "ended with code 1" in str(next(frames).error)
 
 
-def test_a_command_is_bounded(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_is_bounded(pause: Pause) -> None:
     def error(code: str, seconds: float = 30) -> str:
         line = f'"{sys.executable}" -c "{code}"'
         started = time.monotonic()
-        frame = next(Command(line, every=0, settings=SETTINGS, seconds=seconds).frames(pause))
+        source = Command(line, every=0, settings=SETTINGS, seconds=seconds, max_bytes=1 << 20)
+        frame = next(source.frames(pause))
         assert time.monotonic() - started < 20
         return str(frame.error)
 
-    monkeypatch.setattr(watch_module, "MAX_FILE_BYTES", 1 << 20)
     endless = "import sys\nwhile 1: sys.stdout.buffer.write(bytes(9999))"
     assert "more than 1 MiB" in error(endless)
     assert "within 0.5 s" in error("import time; time.sleep(60)", 0.5)

@@ -52,6 +52,7 @@ def record(folder: Path) -> None:
     (folder / "bundle.json").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.engine
 def test_an_intact_bundle_shows_its_report(exported: Path) -> None:
     result = verify(exported)
     assert result.exit_code == 0, result.output
@@ -62,6 +63,7 @@ def test_an_intact_bundle_shows_its_report(exported: Path) -> None:
     assert "measured now" not in lines
 
 
+@pytest.mark.engine
 def test_measured_again_it_is_as_good_as_reported(exported: Path) -> None:
     result = verify(exported, "--against", CHECKPOINT, "--json")
     assert result.exit_code == 0, result.output
@@ -85,12 +87,14 @@ def test_a_bundle_that_lost_too_much_fails(bundle: Callable[..., Path]) -> None:
     assert "measured now" in result.stdout
 
 
+@pytest.mark.engine
 def test_another_checkpoint_is_refused(exported: Path) -> None:
     result = verify(exported, "--against", GOLDEN / "tiny-378" / "checkpoint")
     assert isinstance(result.exception, CheckpointError)
     assert "another model" in str(result.exception)
 
 
+@pytest.mark.engine
 def test_damage_is_found(folder: Path) -> None:
     data = bytearray((folder / "decoder.gguf").read_bytes())
     data[-1] ^= 1
@@ -100,6 +104,7 @@ def test_damage_is_found(folder: Path) -> None:
     assert "SHA-256" in str(result.exception)
 
 
+@pytest.mark.engine
 def test_a_decoder_of_nothing_is_found(folder: Path) -> None:
     """Intact by its hash, loadable, and useless."""
     shutil.copytree(folder, folder.parent / "good")
@@ -128,6 +133,7 @@ def test_a_vision_tower_of_nothing_is_found(
     assert isinstance(result.exception, VisionError), result.output
 
 
+@pytest.mark.engine
 def test_the_demo_bundle_passes() -> None:
     result = verify("demo")
     assert result.exit_code == 0, result.output

@@ -111,6 +111,7 @@ class Terminal:
 needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty module")
 
 
+@pytest.mark.engine
 @needs_pty
 def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     terminal = Terminal(*ARGUMENTS, RECEIPT, cwd=tmp_path)
@@ -171,6 +172,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
     assert not list(Path(os.environ["HOME"]).rglob("chat_history"))
 
 
+@pytest.mark.engine
 def test_lines_from_a_pipe(tmp_path: Path) -> None:
     result = pipe("What is the total?\n\nWhich date is printed?\n", RECEIPT, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "43.98\n15/08/2028\n")
@@ -182,6 +184,7 @@ def test_lines_from_a_pipe(tmp_path: Path) -> None:
     assert answers[2]["cached_tokens"] >= answers[0]["prompt_tokens"]
 
 
+@pytest.mark.engine
 def test_undo_retry_and_reset(tmp_path: Path) -> None:
     talk = """What is the total?
 /undo
@@ -202,6 +205,7 @@ What is the total?
     assert "there is no question to answer again" in result.stderr
 
 
+@pytest.mark.engine
 def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     pipe(f"/image {RECEIPT}\nWhat is the total?\n/save talk.json\n", cwd=tmp_path)
     data = json.loads((tmp_path / "talk.json").read_text())
@@ -227,6 +231,7 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.engine
 def test_files_that_cannot_be_loaded_change_nothing(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('[{"role": "wizard", "content": "Hi"}]')
     (tmp_path / "bad.json").write_text("[{]")
@@ -258,6 +263,7 @@ def test_bad_arguments_end_before_a_model_is_loaded(tmp_path: Path) -> None:
     assert len([line for line in result.stderr.splitlines() if line.startswith("Error:")]) == 1
 
 
+@pytest.mark.engine
 def test_a_full_context_drops_questions_and_keeps_pictures(tmp_path: Path) -> None:
     long = "Tell me all about every single part of this picture, please. " * 6
     lines = f"What is the total?\n{long}\n{long}\n{long}\n{long}\nWhat is the total?\n/images\n"

@@ -320,6 +320,7 @@ def test_the_example_questions_through_the_command(run: Run) -> None:
         assert result.stdout.decode().strip() == chosen["answer"], chosen
 
 
+@pytest.mark.engine
 def test_all_example_questions() -> None:
     questions = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
     assert {question["language"] for question in questions} == {"en", "de", "es", "fr", "zh", "ar"}

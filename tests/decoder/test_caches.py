@@ -458,6 +458,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line(run: Run, chart: Path, tmp_
         assert line.startswith("pictures are not cached: ")
 
 
+@pytest.mark.engine
 def test_random_pictures_questions_and_settings(cache: Path) -> None:
     """Each with an empty cache, a filled one, and none: EDGE_VLM_TEST_PAIRS=500 asks for more."""
     rng = random.Random(1)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from edge_vlm.decoder import waiting as patience
-from edge_vlm.decoder.waiting import Patience
+from edge_vlm.decoder.waiting import Patience, Times, taken_by_others, times
 
 # CPU seconds that a thread takes within 0.2 s of having nothing to do, by who is patient.
 SCRIPT = """
@@ -36,6 +35,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.engine
 def test_who_waits_actively() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, check=True, timeout=60
@@ -68,14 +68,14 @@ class Library:
         return self.n_cores
 
 
-def looks(*others: float) -> Iterator[patience._Times]:
+def looks(*others: float) -> Iterator[Times]:
     """Of a machine where other programs take so many cores, one second each."""
     now = busy = own = 0.0
     for _ in ("loaded", "at work"):
-        yield patience._Times(now, busy, own)
+        yield Times(now, busy, own)
     for taken in others:
         now, busy, own = now + 1, busy + taken + 2, own + 2
-        yield patience._Times(now, busy, own)
+        yield Times(now, busy, own)
 
 
 @pytest.mark.parametrize(
@@ -87,26 +87,22 @@ def looks(*others: float) -> Iterator[patience._Times]:
         (2, [1.9, 2.6, 1.9, 1.9], [True, False, False, True]),  # two cores are left over
     ],
 )
-def test_others_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, n_threads: int, others: list[float], expected: list[bool]
-) -> None:
+def test_others_are_noticed(n_threads: int, others: list[float], expected: list[bool]) -> None:
     library: Any = Library()
     seen: list[bool] = []
     all_seen = threading.Event()
     source = looks(*others)
 
-    def times() -> patience._Times:
+    def look() -> Times:
         if (found := next(source, None)) is None:
             seen.append(made.is_patient)
             all_seen.set()
-            return patience._Times(1e9, 0.0, 0.0)
+            return Times(1e9, 0.0, 0.0)
         if found.at > 1:
             seen.append(made.is_patient)
         return found
 
-    monkeypatch.setattr(patience, "_times", times)
-    monkeypatch.setattr(patience, "_INTERVAL", 0.001)
-    made = Patience(library)
+    made = Patience(library, look, interval=0.001)
     with made.watching(n_threads):
         assert all_seen.wait(10)
     assert seen[: len(expected)] == expected
@@ -114,20 +110,17 @@ def test_others_are_noticed(
     assert set(library.crowds) == ({4 - n_threads + 2} if False in expected else set())
 
 
-@pytest.mark.parametrize(("taken", "seconds"), [(0.1, 1.0), (0.9, 1.0), (0.0, 0.05), (0.9, 0.05)])
-def test_what_was_before_counts(
-    monkeypatch: pytest.MonkeyPatch, taken: float, seconds: float
-) -> None:
+@pytest.mark.parametrize(("taken", "part"), [(0.1, 5.0), (0.9, 5.0), (0.0, 0.25), (0.9, 0.25)])
+def test_what_was_before_counts(taken: float, part: float) -> None:
     """For the first moment; what is too short to tell leaves it as it was, at first patient."""
-    now = patience._Times(0.0, 0.0, 0.0)
-    monkeypatch.setattr(patience, "_times", lambda: now)
-    monkeypatch.setattr(patience, "_INTERVAL", 0.2)
+    interval = 1000.0  # so that nobody looks again meanwhile
+    seconds = part * interval
+    now = Times(0.0, 0.0, 0.0)
     library: Any = Library()
-    made = Patience(library)
-    monkeypatch.setattr(made, "_watch", lambda *_: None)
-    now = patience._Times(seconds, (2 + taken) * seconds, 2 * seconds)
+    made = Patience(library, lambda: now, interval)
+    now = Times(seconds, (2 + taken) * seconds, 2 * seconds)
     with made.watching(4):
-        assert made.is_patient == (seconds < 0.2 or taken < 0.3)
+        assert made.is_patient == (seconds < interval or taken < 0.3)
     before = made.is_patient
     with made.watching(4):  # at once
         assert made.is_patient == before
@@ -136,15 +129,14 @@ def test_what_was_before_counts(
 def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
 
-    def refuse() -> None:
+    def refuse() -> Times:
         asked.set()
         raise PermissionError("/proc/stat")
 
-    monkeypatch.setattr(patience, "_times", refuse)
     failed: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", failed.append)
     library: Any = Library()
-    made = Patience(library)
+    made = Patience(library, refuse)
     with made.watching(4):
         assert asked.wait(10)
     assert not made.is_patient
@@ -165,9 +157,9 @@ def test_what_has_no_libgomp_or_one_thread_is_left_alone() -> None:
 
 
 def test_the_machine_is_read() -> None:
-    before = patience._times()
+    before = times()
     sum(range(10**6))
-    now = patience._times()
+    now = times()
     assert all(b >= a for a, b in zip(before, now, strict=True))
-    assert patience._taken_by_others((0, 0, 0), (2, 3, 1)) == 1
-    assert patience._taken_by_others((0, 0, 0), (1, 1, 1.1)) == 0
+    assert taken_by_others(Times(0, 0, 0), Times(2, 3, 1)) == 1
+    assert taken_by_others(Times(0, 0, 0), Times(1, 1, 1.1)) == 0

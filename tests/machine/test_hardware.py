@@ -220,12 +220,14 @@ def test_container_limits_of_the_first_kind(tmp_path: Path) -> None:
     assert memory_limit(tmp_path) == 1_000_000
 
 
-def test_threads_stay_within_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_stay_within_a_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8)
-    monkeypatch.setattr("edge_vlm.machine.hardware._usable_cores", lambda: 8)
-    for limit, threads in ((None, 8), (1.5, 2), (0.5, 1), (64.0, 8)):
-        monkeypatch.setattr("edge_vlm.machine.hardware.cpu_limit", lambda limit=limit: limit)
-        assert default_threads() == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for limit, threads in (("max", 8), ("150000", 2), ("50000", 1), ("6400000", 8)):
+        (tmp_path / "cpu.max").write_text(f"{limit} 100000\n")
+        assert default_threads(tmp_path) == threads
 
 
 def test_this_machine() -> None:
@@ -329,6 +331,7 @@ def test_settings_of_the_hardware() -> None:
         MachineSettings.from_environment({"EDGE_VLM_GPU_LAYERS": "x"})
 
 
+@pytest.mark.engine
 def test_a_quantized_kv_cache_answers() -> None:
     answers = set()
     for kv_type in ("f16", "q8_0"):

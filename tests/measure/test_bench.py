@@ -29,6 +29,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return bench([own, q8], SIZES, runs=2, tokens=4)
 
 
+@pytest.mark.engine
 def test_counts_are_the_planners(report: dict[str, Any]) -> None:
     manifest = Bundle.open(embedded_bundle()).manifest
     for result in report["results"].values():
@@ -38,6 +39,7 @@ def test_counts_are_the_planners(report: dict[str, Any]) -> None:
             assert entry["median"]["crops"] == plan.crops
 
 
+@pytest.mark.engine
 def test_every_run_is_measured_for_itself(report: dict[str, Any]) -> None:
     own = report["results"]["own"]["sizes"]
     assert [entry["size"] for entry in own] == list(SIZES)
@@ -53,6 +55,7 @@ def test_every_run_is_measured_for_itself(report: dict[str, Any]) -> None:
             assert entry["min"][name] <= entry["median"][name] <= entry["max"][name]
 
 
+@pytest.mark.engine
 def test_kv_bytes_in_use_are_llama_cpps(report: dict[str, Any]) -> None:
     decoder = Bundle.open(embedded_bundle()).manifest.decoder
     for name, per_element in (("own", 2.0), ("small", 34 / 32)):
@@ -61,6 +64,7 @@ def test_kv_bytes_in_use_are_llama_cpps(report: dict[str, Any]) -> None:
         assert expected <= run["kv_bytes_in_use"] < 1.05 * expected + 4096
 
 
+@pytest.mark.engine
 def test_ratios_are_of_medians(report: dict[str, Any]) -> None:
     own, other = (result["sizes"][0]["median"] for result in report["results"].values())
     ratio = report["ratios"][0]["vision_seconds_per_tile"]
@@ -98,6 +102,7 @@ def test_wrong_use_is_one_line(run: Run, arguments: list[str], word: str) -> Non
     assert_one_line(run("bench", *arguments), 2, word)
 
 
+@pytest.mark.engine
 def test_a_worker_reports_failures_and_death(tmp_path: Path) -> None:
     with Worker() as worker:
         with pytest.raises(EdgeVLMError, match="none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_a_file_that_is_wrong_is_ignored_with_a_line(
     assert caplog.messages[0].isprintable()
 
 
+@pytest.mark.engine
 def test_the_tuning_is_used_and_settings_win(manifest: Any) -> None:
     store_tuning(manifest, TUNING)
     with EdgeVLM.load("demo", settings=MachineSettings(threads=1)) as vlm:
@@ -208,7 +210,8 @@ def test_memory_decides_on_everything_else(released: Any) -> None:
 
 def test_short_memory_takes_turns(released: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in ((16e9, "together"), (1e9, "in-turns")):
-        monkeypatch.setattr("edge_vlm.planning.limits.available_bytes", lambda free=free: int(free))
+        memory = types.SimpleNamespace(available=int(free))
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
         settings, _ = within_memory(MachineSettings(), untuned(), ModelSizes.of(released))
         assert settings.residency == expected
 

@@ -49,6 +49,7 @@ def family(name: str) -> OtherModel:
     return next(family for family in OTHER_MODELS if family.name == name)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize(("positions", "batch"), [(1, 512), (700, 64), (2000, 512)])
 def test_kv_and_compute_bytes_are_llama_cpps(
@@ -419,6 +420,7 @@ def test_manifests_without_the_planners_sizes_have_siglips_proportions() -> None
     assert (widths.n_heads, widths.ffn_size) == (16, 4304)
 
 
+@pytest.mark.engine
 def test_weights_of_a_vision_graph(tmp_path: Path) -> None:
     folder = export_checkpoint(CHECKPOINT, tmp_path / "demo", vision="fp16", decoder="f16")
     sizes = ModelSizes.of(Bundle.open(folder).manifest)
