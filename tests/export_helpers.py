@@ -7,15 +7,17 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import pytest
 from edge_vlm_export import export_checkpoint
+from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
 from edge_vlm.errors import CheckpointError
@@ -126,3 +128,25 @@ def last_logits(model: Any, ids: list[int]) -> npt.NDArray[np.float32]:
         return np.ctypeslib.as_array(logits, (n_ids,)).copy()
     finally:
         llama_cpp.llama_free(context)
+
+
+@cache
+def int8_products_saturate() -> bool:
+    """Whether onnxruntime's products of uint8 and int8 add up in int16, as on x86 without VNNI.
+
+    There an int8 tower is less exact than its export says: onnxruntime, "Quantize ONNX Models".
+    """
+    inputs = [
+        helper.make_tensor_value_info("a", TensorProto.UINT8, [1, 64]),
+        helper.make_tensor_value_info("b", TensorProto.INT8, [64, 64]),
+    ]
+    outputs = [helper.make_tensor_value_info("c", TensorProto.INT32, [1, 64])]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["c"])], "product", inputs, outputs
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    feed = {"a": np.full((1, 64), 255, np.uint8), "b": np.full((64, 64), 127, np.int8)}
+    return bool((session.run(None, feed)[0] != 64 * 255 * 127).any())

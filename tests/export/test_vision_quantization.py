@@ -34,7 +34,7 @@ from edge_vlm.errors import BundleError, InputError
 from edge_vlm.families.jina_vlm.tiling import cut_tiles
 from edge_vlm.pictures.tower import VisionTower
 from tests.conftest import GOLDEN
-from tests.export_helpers import edit_json
+from tests.export_helpers import edit_json, int8_products_saturate
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "checkpoint"
 TINY = GOLDEN / "tiny-126-tied" / "checkpoint"
@@ -93,6 +93,8 @@ def embeddings(model: Path | bytes, tiles: CalibrationTiles) -> Floats:
 def test_every_layout_computes_nearly_the_same(
     precision: str, target: str, tiny: Source, write: Write
 ) -> None:
+    if (precision, target) == ("int8", "cpu") and int8_products_saturate():
+        pytest.skip("this processor's int8 products saturate")
     exact = embeddings(write("fp32", "portable")[0], tiny.tiles)
     path, written = write(precision, target)
     found = embeddings(path, tiny.tiles)
