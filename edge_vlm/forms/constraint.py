@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from llguidance import LLMatcher
 
 from edge_vlm.errors import PromptError
-from edge_vlm.forms.ending import MAX_ENDING_BYTES, endings, ends
+from edge_vlm.forms.ending import MAX_ENDING_BYTES, endings, ends, forces
 from edge_vlm.forms.structure import Form
 from edge_vlm.forms.vocabulary import Mask, Vocabulary, byte_matcher, reason
 
+_MAX_FORCED = 1000  # bytes, in a form without a known ending
 _DRAWS = 4  # tokens that do not fit, one after another, before the ending is written
 _SUFFIXES = 64  # bytes of an ending that may have come to stand in the answer already
 
@@ -44,7 +45,10 @@ class Constraint:
         self._ending = self._find(self._bytes, limit)
         # Without one the limit cuts the answer where it is.
         self._is_reserved = self._ending is not None
-        if not self._is_reserved and any(endings(self._bytes, MAX_ENDING_BYTES, self._hints)):
+        if not self._is_reserved and (
+            forces(self._bytes, _MAX_FORCED)  # llguidance spells all of it for every token
+            or any(endings(self._bytes, MAX_ENDING_BYTES, self._hints))
+        ):
             raise PromptError(
                 f"max_tokens: {limit} tokens are too few for the shortest answer of this form"
             )

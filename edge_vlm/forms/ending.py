@@ -26,6 +26,16 @@ def ends(state: LLMatcher, text: bytes) -> bool:
     return state.validate_tokens([*text, byte_tokenizer().eos_token]) == len(text) + 1
 
 
+def forces(state: LLMatcher, n: int) -> bool:
+    """Whether the next ``n`` bytes leave no choice."""
+    walk = state.deep_copy()
+    for _ in range(n):
+        options = _in_order(walk.compute_bitmask()[:32])
+        if walk.is_accepting() or len(options) != 1 or not walk.consume_token(options[0]):
+            return False
+    return True
+
+
 def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[bytes]:
     """Short texts of at most ``limit`` bytes after which the whole may end, as they are found.
 
@@ -52,8 +62,10 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
                     break
                 if attempt < 2:
                     byte = min(options, key=lambda option: taken[mask, option] // patience)
+                elif len(options) <= 4:
+                    byte = dice.choice(options)
                 else:
-                    byte = next((option for option in options if dice.random() < 0.5), options[-1])
+                    byte = next((one for one in options if dice.random() < 0.5), options[-1])
                 taken[mask, byte] += 1
                 step = bytes([byte])
             text += step
