@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from edge_vlm.errors import PromptError
-from edge_vlm.pictures.picture import ImageUse
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS
-from edge_vlm.progress import CancelToken, OnProgress
 
 if TYPE_CHECKING:
     from edge_vlm.forms.structure import Form
+    from edge_vlm.pictures.picture import ImageUse
+    from edge_vlm.progress import CancelToken, OnProgress
 
 
 @dataclass(frozen=True)

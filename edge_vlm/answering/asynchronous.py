@@ -13,17 +13,17 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edge_vlm.answering.answer import Answer, AskKeywords, RequestKeywords, TurnKeywords
 from edge_vlm.answering.model import Chat, EdgeVLM, Stream
 from edge_vlm.errors import DecoderError
-from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.pictures.picture import EncodedImage
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from edge_vlm.answering.answer import Answer, AskKeywords, RequestKeywords, TurnKeywords
     from edge_vlm.engines import Decoder, VisionTower
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.pictures.picture import EncodedImage
 
 T = TypeVar("T")
 

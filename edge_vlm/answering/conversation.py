@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.answering.answer import Answer, AskOptions
 from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, Engine, State, Turn
-from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.families.base import family_of
 from edge_vlm.pictures.image import load_image
@@ -22,9 +21,13 @@ from edge_vlm.pictures.picture import EncodedImage, Picture, open_picture, seen_
 from edge_vlm.planning.budget import budget_positions, limit_tiles
 from edge_vlm.planning.limits import tiles_within
 from edge_vlm.planning.request import ModelSizes
-from edge_vlm.progress import CancelToken, OnProgress, Progress
 from edge_vlm.prompt.builder import prompt_ids
 from edge_vlm.prompt.messages import ImagePart, Message, images_of, without_oldest
+
+if TYPE_CHECKING:
+    from edge_vlm.answering.answer import Answer, AskOptions
+    from edge_vlm.engines import Context
+    from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 _log = logging.getLogger(__name__)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.checksums import verify
-from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.kv_state import PrefixCache
-from edge_vlm.engines import Decoder, VisionTower
-from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.settings import MachineSettings, cpu_identity
 from edge_vlm.machine.store import open_store
 from edge_vlm.pictures.picture import TileCache
@@ -18,6 +16,11 @@ from edge_vlm.planning.limits import within_memory
 from edge_vlm.planning.request import ModelSizes
 from edge_vlm.planning.tuning import engines_for, load_tuning
 from edge_vlm.prompt.builder import PromptBuilder
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.engines import Decoder, VisionTower
+    from edge_vlm.machine.engine_settings import EngineSettings
 
 
 def load_engine(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.answering.answer import AskOptions, Clock
-from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.engines import Context, Decoder, Sampler
 from edge_vlm.errors import Cancelled
 from edge_vlm.forms.choices import log_probabilities
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
+    from edge_vlm.answering.answer import AskOptions, Clock
+    from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.engines import Context, Decoder, Sampler
     from edge_vlm.forms.constraint import Constraint
 
 

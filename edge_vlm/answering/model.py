@@ -15,10 +15,8 @@ from edge_vlm.answering.answer import (
 )
 from edge_vlm.answering.conversation import Conversation
 from edge_vlm.answering.engine import load_engine
-from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle, Manifest
-from edge_vlm.engines import Decoder, VisionTower
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage, encode_pictures, open_picture
@@ -28,6 +26,9 @@ from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from edge_vlm.answering.turn import Engine
+    from edge_vlm.engines import Decoder, VisionTower
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 

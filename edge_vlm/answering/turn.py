@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.answering.answer import Answer, AskOptions, Clock
 from edge_vlm.answering.generate import Reply, generate, pick
-from edge_vlm.bundle.manifest import Manifest
-from edge_vlm.decoder.kv_state import PrefixCache
-from edge_vlm.engines import Context, Decoder, VisionTower
 from edge_vlm.errors import BudgetError, Cancelled, DecoderError
 from edge_vlm.families.base import family_of
-from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes
-from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.machine.store import Store
 from edge_vlm.pictures.picture import Crops, Picture, TileCache, encode_pictures
 from edge_vlm.planning.budget import budget_positions, check_budget, limit_tiles
-from edge_vlm.planning.speeds import Speeds
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 from edge_vlm.prompt.builder import (
     PromptBuilder,
@@ -36,8 +29,15 @@ from edge_vlm.prompt.builder import (
 from edge_vlm.prompt.messages import Message, Text, check_messages
 
 if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.decoder.kv_state import PrefixCache
+    from edge_vlm.engines import Context, Decoder, VisionTower
     from edge_vlm.forms.constraint import Constraint
     from edge_vlm.forms.vocabulary import Vocabulary
+    from edge_vlm.machine.engine_settings import EngineSettings
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.machine.store import Store
+    from edge_vlm.planning.speeds import Speeds
 
 MIN_ANSWER_TOKENS = 32  # room that a request must leave for its answer
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.answering.answer import Answer
 from edge_vlm.errors import ImageError
 from edge_vlm.pictures.frames import Pause, Source
-from edge_vlm.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
+    from edge_vlm.answering.answer import Answer
     from edge_vlm.answering.model import EdgeVLM
+    from edge_vlm.progress import CancelToken, Progress
 
 BLOCK = 16  # pixels; see changed
 UInt8 = npt.NDArray[np.uint8]

@@ -154,6 +154,11 @@ class Bundle:
         """The model's name."""
         return self.manifest.model.name
 
+    @property
+    def decoder_file(self) -> Path:
+        """Path of ``decoder.gguf``, see ``file``."""
+        return self.file(DECODER_NAME)
+
     def file(self, name: str) -> Path:
         """Path of a listed file, after checking that it is a regular file of the recorded size.
 

@@ -14,12 +14,11 @@ def exporter(name: str, purpose: str) -> Any:
     """The exporter's function of that name.
 
     Raises:
-        InputError: the exporter, or a library that it needs, is not installed.
+        InputError: the exporter is not installed.
+        click.UsageError: a library that it needs is not installed.
     """
-    try:
-        return load_plugin(plugins(GROUP)[name])
-    except (KeyError, ImportError) as error:
-        missing = getattr(error, "name", None) or "the exporter"
-        raise InputError(
-            f"{purpose} needs {missing}; install with: pip install 'edge-vlm[export]'"
-        ) from error
+    added = plugins(GROUP)
+    if name not in added:
+        raise InputError(f"{purpose} needs the exporter: pip install 'edge-vlm[export]'")
+    load_plugin(added["require_extra"])(purpose)
+    return load_plugin(added[name])

@@ -6,14 +6,13 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.decoder import llama
 from edge_vlm.decoder.kv_state import N_SEQUENCES, copy_cells, move_cells
-from edge_vlm.decoder.llama import Weights
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
@@ -26,7 +25,10 @@ from edge_vlm.machine.engine_settings import (
 )
 from edge_vlm.machine.memory import give_back_memory
 from edge_vlm.planning.budget import context_size
-from edge_vlm.progress import CancelToken
+
+if TYPE_CHECKING:
+    from edge_vlm.decoder.llama import Weights
+    from edge_vlm.progress import CancelToken
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]

@@ -9,17 +9,19 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, ContextSettings
 from edge_vlm.decoder.llama import Weights
 from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
 
 
 class Decoder:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.engines import Context
 from edge_vlm.errors import DecoderError
 from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.prompt.builder import picture_ends
+
+if TYPE_CHECKING:
+    from edge_vlm.engines import Context
 
 UInt8 = npt.NDArray[np.uint8]
 N_SEQUENCES = 2  # that a context must have room for: the one in use, and the cells on their way

@@ -13,16 +13,18 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge_vlm.bundle.manifest import DECODER_NAME, Bundle
 from edge_vlm.decoder.waiting import Patience
 from edge_vlm.errors import BundleError
 from edge_vlm.machine import process
-from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import forget_mapped
 from edge_vlm.machine.process import llama_log, long_waits, waits_are_decided
 from edge_vlm.machine.providers import gpu_layers
+
+if TYPE_CHECKING:
+    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.machine.engine_settings import EngineSettings
 
 _FORGET_EVERY = 1 / 32  # of a file that is loaded
 
@@ -130,9 +132,9 @@ class Weights:
     def __init__(
         self, bundle: Bundle, engines: EngineSettings, layers_on_gpu: str | int, in_turns: bool
     ) -> None:
-        self.path = bundle.file(DECODER_NAME)
+        self.path = bundle.decoder_file
         self.geometry = bundle.manifest.decoder
-        self.sha256 = bundle.manifest.files[DECODER_NAME].sha256
+        self.sha256 = bundle.manifest.files[self.path.name].sha256
         self.repack, self.mmap, self.in_turns = engines.repack, engines.mmap, in_turns
         self.waiting = load(engines.spinning)
         self.api = api()

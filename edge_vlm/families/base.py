@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,10 @@ from pydantic import Field
 
 from edge_vlm.errors import InputError
 from edge_vlm.families.parts import Part, SpecialText, TokenId
-from edge_vlm.families.sizes import Decoder, Vision, VisionWork
 from edge_vlm.plugins import load_plugin, plugins
+
+if TYPE_CHECKING:
+    from edge_vlm.families.sizes import Decoder, Vision, VisionWork
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]

@@ -8,13 +8,16 @@ ending is found at the start is there no such promise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher
 
 from edge_vlm.errors import PromptError
 from edge_vlm.forms.ending import MAX_ENDING_BYTES, endings, ends, forces
-from edge_vlm.forms.structure import Form
 from edge_vlm.forms.vocabulary import Mask, Vocabulary, byte_matcher, reason
+
+if TYPE_CHECKING:
+    from edge_vlm.forms.structure import Form
 
 _MAX_FORCED = 1000  # bytes, in a form without a known ending
 _DRAWS = 4  # tokens that do not fit, one after another, before the ending is written

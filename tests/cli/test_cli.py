@@ -280,8 +280,17 @@ def test_export(run: Run, golden: dict[str, GoldenModel], tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_export_without_its_extra_says_how_to_install(
-    golden: dict[str, GoldenModel], tmp_path: Path
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "CHECKPOINT", "--out", "out"),
+        ("verify", "demo", "--against", "CHECKPOINT"),
+        ("bench", "--synthetic", "demo"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_the_exporters_extra_it_says_how_to_install(
+    golden: dict[str, GoldenModel], tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     """An interpreter in which onnx cannot be found, as after the base install."""
     code = (
@@ -290,10 +299,8 @@ def test_export_without_its_extra_says_how_to_install(
         "from edge_vlm.cli.main import main; main(sys.argv[1:])"
     )
     checkpoint = str(golden[MODEL].checkpoint)
-    result = subprocess.run(
-        [sys.executable, "-c", code, "export", checkpoint, "--out", str(tmp_path / "out")],
-        capture_output=True,
-    )
+    given = [checkpoint if argument == "CHECKPOINT" else argument for argument in arguments]
+    result = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, cwd=tmp_path)
     assert_one_line(result, 2, "onnx", "pip install 'edge-vlm[export]'")
 
 

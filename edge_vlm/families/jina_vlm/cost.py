@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm.families.sizes import Transformer, Vision, VisionWork
+
+if TYPE_CHECKING:
+    from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 
 
 @dataclass(frozen=True)

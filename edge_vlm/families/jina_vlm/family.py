@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from edge_vlm.families.jina_vlm.tiling import (
     patch_order,
     token_block,
 )
-from edge_vlm.families.sizes import Vision, VisionWork
+
+if TYPE_CHECKING:
+    from edge_vlm.families.sizes import Vision, VisionWork
 
 
 def stitch(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from typing import TYPE_CHECKING
+
 from edge_vlm.families.sizes import Transformer, Vision, VisionWork
+
+if TYPE_CHECKING:
+    from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 
 
 def vision_work(processor: OneVisionImageProcessor, vision: Vision) -> VisionWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,8 +23,10 @@ from edge_vlm.families.llava_onevision import packing, tiling
 from edge_vlm.families.llava_onevision.cost import vision_work
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 from edge_vlm.families.llava_onevision.released import RELEASED
-from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
-from edge_vlm.families.sizes import Vision, VisionWork
+
+if TYPE_CHECKING:
+    from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
+    from edge_vlm.families.sizes import Vision, VisionWork
 
 
 class LlavaOneVision(Family):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.families.base import Box
-from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
 from edge_vlm.families.resample import resize_bilinear
+
+if TYPE_CHECKING:
+    from edge_vlm.families.base import Box
+    from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+    from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
 
 Float32 = npt.NDArray[np.float32]
 _CHANNELS = 128  # scaled down at a time: all of 36 tiles would be copied twice

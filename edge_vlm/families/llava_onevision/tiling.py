@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import ImageError
 from edge_vlm.families.base import Layout, Tiles
-from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 from edge_vlm.families.resample import resize_bicubic
+
+if TYPE_CHECKING:
+    from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 
 MAX_SIDE = 65_535  # a JPEG's; what a resize takes grows with the longer side
 TOLERATED = 1.1  # how many times as long as allowed a side of the grid may be
