@@ -25,6 +25,8 @@ from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
 from tests.conftest import GOLDEN, GOLDEN_NAMES
 from tests.export_helpers import copy_checkpoint, export_exact, set_key
 
+pytestmark = pytest.mark.engine  # it exports models
+
 CHECKPOINT = GOLDEN / "tiny-126-tied" / "checkpoint"
 Steps = list[tuple[str, int, int]]
 

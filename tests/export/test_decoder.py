@@ -26,6 +26,8 @@ from tests.export_helpers import (
     set_key,
 )
 
+pytestmark = pytest.mark.engine  # it exports models
+
 TEXT = "model.language_model."
 PRECISIONS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 # Largest difference of a score, relative to the range of the scores.

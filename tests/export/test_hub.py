@@ -27,6 +27,8 @@ from edge_vlm.errors import CheckpointError, EdgeVLMError, InputError
 from tests.conftest import GOLDEN
 from tests.hub_server import COMMIT, Hub, etag, serve
 
+pytestmark = pytest.mark.engine  # it exports models
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NAME = HubName("owner/model")
 

@@ -25,6 +25,8 @@ from tests.answering.test_pipeline import conversation_of
 from tests.conftest import GoldenCase, Run, load_golden
 from tests.export.test_vision import TAPS, relative, tapped
 
+pytestmark = pytest.mark.engine  # it exports models
+
 NAME = "llava-onevision"
 MODEL = load_golden(NAME)
 # "two_image_flat" is the way that this project does not take.

@@ -18,6 +18,8 @@ from edge_vlm.bundle.manifest import Bundle
 from tests.conftest import Run, assert_one_line, load_golden
 from tests.export_helpers import copy_checkpoint, edit_json, edit_tensors, refused, set_key
 
+pytestmark = pytest.mark.engine  # it exports models
+
 NAME = "llava-onevision"
 MODEL = load_golden(NAME)
 

@@ -39,6 +39,8 @@ from edge_vlm.errors import BundleError, EdgeVLMError, InputError
 from tests.conftest import GOLDEN, GOLDEN_NAMES, GoldenModel
 from tests.export_helpers import llama_model
 
+pytestmark = pytest.mark.engine  # it exports models
+
 TINY = "tiny-126-tied"
 CHECKPOINT = GOLDEN / TINY / "checkpoint"
 

@@ -23,6 +23,8 @@ from edge_vlm.errors import EdgeVLMError, InputError
 from tests.conftest import GOLDEN
 from tests.export_helpers import last_logits, llama_model
 
+pytestmark = pytest.mark.engine  # it exports models
+
 # (type of attn_q, of the token table, of the head) for a width that 256 divides, and for 128.
 TYPES = {
     "q4_k_m": (("q4_k", "q4_k", "q6_k"), ("q5_0", "q8_0")),

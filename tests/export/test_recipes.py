@@ -16,6 +16,8 @@ from edge_vlm.cli.questions.ask import command as ask
 from edge_vlm.errors import InputError
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.engine  # it exports models
+
 NAMES = ("best", "jetson-orin-nano", "laptop", "pi-4gb", "pi-8gb")
 GIGABYTES = {"pi-4gb": 4, "pi-8gb": 8, "jetson-orin-nano": 8, "laptop": 8, "best": 8}
 

@@ -31,6 +31,8 @@ from edge_vlm.families.jina_vlm.released import DECODER, IMAGE_PROCESSOR
 from tests.conftest import GOLDEN, GOLDEN_NAMES
 from tests.export_helpers import copy_checkpoint, set_key
 
+pytestmark = pytest.mark.engine  # it exports models
+
 
 def test_the_released_config_has_the_released_sizes() -> None:
     settings = read_settings(config_folder("jina-vlm"))

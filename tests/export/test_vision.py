@@ -19,6 +19,8 @@ from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles
 from tests.conftest import GOLDEN, GOLDEN_NAMES, GoldenCase, GoldenModel, golden_cases
 from tests.export_helpers import copy_checkpoint, export_exact, set_key
 
+pytestmark = pytest.mark.engine  # it exports models
+
 Arrays = dict[str, npt.NDArray[Any]]
 TAPS = ("vit_features", "image_features")
 IMAGE_CASES = [case for case in golden_cases() if case.images]
