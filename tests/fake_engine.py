@@ -205,7 +205,10 @@ class FakeSampler:
         self, decoder: FakeDecoder, answer: Sequence[int] | None, options: Mapping[str, Any]
     ) -> None:
         self._text = decoder.text
-        self._answer = answer
+        # What comes next, by what was said, which may have been said with other tokens.
+        self._script: dict[bytes, int] = {}
+        for place, token in enumerate([*answer, END] if answer is not None else ()):
+            self._script[decoder.text((answer or ())[:place])] = token
         self._prompts = {context: context.n_positions for context in [*decoder.contexts]}
         self._temperature = options["temperature"]
         self._random = np.random.default_rng(options["seed"])
@@ -213,21 +216,13 @@ class FakeSampler:
     def sample(self, context: FakeContext) -> int:
         """Never an id that is only read, nor one that is forbidden."""
         logits = context.scores[: DECODER.vocab_size].astype(np.float64)
-        if (wanted := self._scripted(context.ids(self._prompts[context]))) is not None:
-            logits[wanted] += 1e6
+        said = self._text(context.ids(self._prompts[context]))
+        if said in self._script:
+            logits[self._script[said]] += 1e6
         if not self._temperature:
             return int(logits.argmax())
         shares = np.exp((logits - logits.max()) / self._temperature)
         return int(self._random.choice(len(shares), p=shares / shares.sum()))
-
-    def _scripted(self, said: Sequence[int]) -> int | None:
-        """What follows by the script, which may spell the same with other tokens."""
-        if self._answer is None:
-            return None
-        before = (self._text(self._answer[:n]) for n in range(len(self._answer) + 1))
-        places = {text: n for n, text in enumerate(before)}
-        place = places.get(self._text(said))
-        return None if place is None else [*self._answer, END][place]
 
 
 class FakeDecoder:

@@ -263,6 +263,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.engine
 def test_the_command_takes_forms(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(json.dumps(SCHEMA))
     result = run("--schema", "s.json", "--max-tokens", "60", "--json", cwd=tmp_path)
@@ -275,6 +276,7 @@ def test_the_command_takes_forms(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+\.\d\d\n", run("--regex", r"\d+\.\d\d", cwd=tmp_path).stdout)
 
 
+@pytest.mark.engine
 def test_bad_forms_end_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"type": "string", "contains": 1}')
     (tmp_path / "text.json").write_text("[{]")
