@@ -19,65 +19,63 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Tensor
-from edge_vlm_export.families.jina_vlm.config import Settings, read_settings
-from edge_vlm_export.families.jina_vlm.tower import build_vision, write_vision
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Tensor
+from edge_vlm_export.families.opened import Description, Model
+from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES
 from edge_vlm_export.graph.precision import Range, Recipe
-from edge_vlm_export.synthetic.checkpoint import config_folder, random_values, tensor_shapes
-from edge_vlm_export.vision.stagewise import Tower
+from edge_vlm_export.synthetic.checkpoint import config_folder, random_values
+from edge_vlm_export.vision.assembly import build_vision
 
 from edge_vlm.machine.process import import_onnxruntime
 
 ort = import_onnxruntime()
 BASE = "fp32 cpu"
-TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
 
 
 class RandomTensor(Tensor):
     """Values from a generator instead of a file."""
 
-    settings: Settings
-
-    def read(self) -> Float32:
-        values = random_values(self.name, self.shape, self.settings, seed=0)
-        return np.concatenate(list(values)).reshape(self.shape)
+    model: Description
 
     def rows(self, start: int, stop: int) -> Float32:
         row = (stop - start, *self.shape[1:])
-        return np.concatenate(list(random_values(self.name, row, self.settings, 0))).reshape(row)
+        return np.concatenate(list(random_values(self.name, row, self.model, 0))).reshape(row)
 
 
-class RandomCheckpoint(Checkpoint):
-    """Every tensor that the settings ask for."""
+class RandomModel(Model):
+    """The released sizes, with ``n_layers`` blocks if given; its graph adds no rows."""
 
-    def __init__(self, settings: Settings) -> None:
-        RandomTensor.settings = settings
-        shapes: Mapping[str, Shape] = tensor_shapes(settings)
+    def __init__(self, n_layers: int | None) -> None:
+        Description.__init__(self, config_folder("jina-vlm"))
+        if n_layers is not None:
+            used = [n_layers - 1, max(0, n_layers - 7)]
+            vision = self.settings.vision.model_copy(
+                update={"n_layers": n_layers, "vit_layers": used}
+            )
+            self.settings = replace(self.settings, vision=vision)
+        RandomTensor.model = self
         where = Path("random")
-        super().__init__(
-            {name: RandomTensor(name, "BF16", s, where, 0) for name, s in shapes.items()}, where
+        self.tensors = Checkpoint(
+            {name: RandomTensor(name, "BF16", s, where, 0) for name, s in self.shapes().items()},
+            where,
         )
 
+    def added_row(self) -> None:
+        return None
 
-def full_size(n_layers: int | None) -> Settings:
-    """The released sizes, with ``n_layers`` blocks if given."""
-    settings = read_settings(config_folder("jina-vlm"))
-    if n_layers is None:
-        return settings
-    used = (n_layers - 1, max(0, n_layers - 7))
-    return replace(settings, vision=replace(settings.vision, n_layers=n_layers, used_states=used))
+    def markers(self) -> None:
+        return None
 
 
-def variants(tower: Tower) -> dict[str, Recipe]:
+def variants(model: Model) -> dict[str, Recipe]:
     """What is compared, fastest last."""
     # The scale of an input does not change the time; calibration would find about this.
-    ranges = dict.fromkeys(tower.products, Range(-6, 6))
+    ranges = dict.fromkeys(model.tower.products, Range(-6, 6))
     return {
         BASE: Recipe("fp32", "cpu"),
         "fp32 portable": Recipe("fp32", "portable"),
@@ -107,28 +105,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
 
-    settings = full_size(arguments.layers)
-    checkpoint = RandomCheckpoint(settings)
-    tower = Tower(checkpoint, settings)
-    special = {token: settings.text.vocab_size + i for i, token in enumerate(TOKENS)}
-    chosen = variants(tower)
+    model = RandomModel(arguments.layers)
+    chosen = variants(model)
     if arguments.only:
         unknown = set(arguments.only) - set(chosen)
         if unknown:
             parser.error(f"no variant {sorted(unknown)}; there are: {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in chosen if name in {BASE, *arguments.only}}
 
-    images = settings.image_processor
-    crops = np.random.default_rng(0).uniform(-1, 1, (1, images.n_patches, images.patch_values))
+    crops = np.random.default_rng(0).uniform(-1, 1, (1, *model.tower.crop_shape))
     feed: dict[str, Any] = {"crops": crops.astype(np.float32), "is_last": np.array([True])}
     sessions: dict[str, ort.InferenceSession] = {}
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, recipe) in enumerate(chosen.items()):
             print(f"writing {name}", file=sys.stderr)
-            graph = build_vision(checkpoint, settings, special, recipe)
             path = Path(folder) / f"{index}.onnx"
-            files = write_vision(graph, path)
+            graph = build_vision(model, recipe)
+            files = graph.save(path, EXTERNAL_DATA_BYTES, lambda n_bytes: None, "benchmark")
             sizes[name] = sum(file.stat().st_size for file in files)
             sessions[name] = load(path, arguments.threads)
         if arguments.against:
@@ -156,7 +150,7 @@ def main() -> None:
             "speed": statistics.median(ratios),
             "megabytes": sizes[name] / 1e6,
         }
-    vision = settings.vision
+    vision = model.settings.vision
     print(
         f"{vision.n_used_layers} blocks of width {vision.hidden_size} and the connector,"
         f" one tile, {arguments.threads} threads"
@@ -169,7 +163,7 @@ def main() -> None:
         )
     if arguments.json:
         result = {
-            "layers": settings.vision.n_used_layers,
+            "layers": model.settings.vision.n_used_layers,
             "threads": arguments.threads,
             "rounds": arguments.rounds,
             "cpus": os.cpu_count(),

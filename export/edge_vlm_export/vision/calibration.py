@@ -67,7 +67,7 @@ def _smooth(
     """Decide the moves of one stage."""
     for move in stage.moves:
         readers = [
-            (inputs[name], tower.tower.linears[name].weight(tower.tensors)) for name in move.readers
+            (inputs[name], tower.linears[name].weight(tower.tensors)) for name in move.readers
         ]
         factors = choose_factors(readers)
         if factors is None:

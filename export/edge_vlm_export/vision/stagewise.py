@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
-from edge_vlm_export.graph.architecture import CROPS, Stage, Tower
 from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.vision.assembly import declare
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
+    from edge_vlm_export.graph.architecture import Stage
     from edge_vlm_export.graph.precision import Recipe
     from edge_vlm_export.samples.crops import CalibrationTiles
 
@@ -24,17 +24,12 @@ _FATAL = 4
 Observe = Callable[[Mapping[str, Float32]], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """Between two stages: every value that a later one reads, for some tiles."""
+    """Between two stages: what was written last, and every value that a later stage reads."""
 
-    values: dict[str, npt.NDArray[Any]] = field(default_factory=dict)  # (n, ...) by name
-    latest: str = CROPS
-
-    @property
-    def x(self) -> Float32:
-        """What the last stage wrote."""
-        return self.values[self.latest]
+    x: Float32
+    values: dict[str, npt.NDArray[Any]]  # (n, ...) by name
 
 
 class StagedTower:
@@ -42,23 +37,11 @@ class StagedTower:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.tower: Tower = model.tower
         self.tensors: Checkpoint = model.tensors
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """In the order of computation."""
-        return self.tower.stages
-
-    @property
-    def products(self) -> tuple[str, ...]:
-        """All products, in the order of computation."""
-        return self.tower.products
-
-    @property
-    def n_weights(self) -> int:
-        """Values of all products' weights."""
-        return sum(self.tower.linears[name].n_weights for name in self.products)
+        self.linears = model.tower.linears
+        self.stages = model.tower.stages
+        self.products = model.tower.products
+        self.n_weights = sum(self.linears[name].n_weights for name in self.products)
 
     def runner(self, stage: Stage, recipe: Recipe) -> StageRunner:
         """A session of one stage; drop it before making the next one."""
@@ -66,7 +49,7 @@ class StagedTower:
 
     def start(self, tiles: CalibrationTiles) -> State:
         """What the first stage reads."""
-        return State({CROPS: tiles.crops, **tiles.extras})
+        return State(tiles.crops, tiles.feed)
 
     def advance(
         self, runner: StageRunner, state: State, observe: Observe = lambda inputs: None
@@ -75,23 +58,20 @@ class StagedTower:
 
         ``observe`` is called for each tile with what every product of the stage read.
         """
-        outputs = []
+        stage, outputs = runner.stage, []
         for index in range(len(state.x)):
-            feed = {name: state.values[name][index : index + 1] for name in runner.stage.reads}
+            feed = {name: state.values[name][index : index + 1] for name in stage.reads}
             output, inputs = runner.run(feed)
             outputs.append(output)
             observe(inputs)
-        later = self.stages[self.stages.index(runner.stage) + 1 :]
-        read = {name for stage in later for name in stage.reads}
-        values = {name: value for name, value in state.values.items() if name in read}
-        latest = runner.stage.writes
-        return State({**values, latest: np.concatenate(outputs)}, latest)
+        values = state.values | {stage.writes: np.concatenate(outputs)}
+        later = self.stages[self.stages.index(stage) + 1 :]
+        read = {name for following in later for name in following.reads}
+        kept = {name: value for name, value in values.items() if name in read}
+        return State(values[stage.writes], kept)
 
     def features(
-        self,
-        recipe: Recipe,
-        tiles: CalibrationTiles,
-        done: Callable[[], None] = lambda: None,
+        self, recipe: Recipe, tiles: CalibrationTiles, done: Callable[[], None] = lambda: None
     ) -> Float32:
         """``image_features`` of the tiles, (n, tokens_per_crop, output_size).
 
@@ -109,13 +89,13 @@ class StageRunner:
 
     def __init__(self, tower: StagedTower, stage: Stage, recipe: Recipe) -> None:
         self.stage = stage
-        layers = Layers(tower.tower.linears, tower.tensors, recipe)
+        layers = Layers(tower.linears, tower.tensors, recipe)
         declare(layers, tower.model, stage.reads)
         stage.add(layers)
         self._reads: Mapping[str, str] = layers.linear.inputs
         # The result first, then what every product reads.
-        self._names = [n for n in (stage.writes, *self._reads.values()) if n not in stage.reads]
-        self._names = list(dict.fromkeys(self._names))
+        names = dict.fromkeys((stage.writes, *self._reads.values()))
+        self._names = [name for name in names if name not in stage.reads]
         for name in self._names:
             layers.graph.output(name, None)
         self._session = session(layers.graph.in_memory())
