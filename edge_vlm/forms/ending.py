@@ -10,7 +10,8 @@ from functools import lru_cache
 
 from llguidance import LLMatcher
 
-from edge_vlm.forms.vocabulary import byte_tokenizer
+from edge_vlm.errors import PromptError
+from edge_vlm.forms.vocabulary import byte_tokenizer, reason
 
 MAX_ENDING_BYTES = 1 << 15
 _ATTEMPTS = 10
@@ -27,12 +28,18 @@ def ends(state: LLMatcher, text: bytes) -> bool:
 
 
 def forces(state: LLMatcher, n: int) -> bool:
-    """Whether the next ``n`` bytes leave no choice."""
+    """Whether the next ``n`` bytes leave no choice.
+
+    Raises:
+        PromptError: the form needs too many states.
+    """
     walk = state.deep_copy()
     for _ in range(n):
         options = _in_order(walk.compute_bitmask()[:32])
-        if walk.is_accepting() or len(options) != 1 or not walk.consume_token(options[0]):
+        if walk.is_accepting() or len(options) != 1:
             return False
+        if not walk.consume_token(options[0]):
+            raise PromptError(f"the form of the answer is too complex ({reason(walk)})")
     return True
 
 

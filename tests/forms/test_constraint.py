@@ -119,11 +119,26 @@ def test_answers_of_a_schema_are_valid_under_it_whatever_the_limit(schema: Any) 
         assert said.n_tokens <= limit
 
 
+# Without the classes that depend on a version of Unicode: Rust's is newer than Python's.
 PATTERNS = [
-    *(r"\d+", r"[A-Z]{2}-\d{3,5}", r"(?i)straße|K", r"[^\W\d]+x?", r"^a$|^b", r"(^a|b$)"),
+    *(
+        r"[0-9]+",
+        r"[A-Z]{2}-[0-9]{3,5}",
+        r"(?i)straße|K",
+        r"[^\W\d\u0080-\U0010ffff]+x?",
+        r"^a$|^b",
+        r"(^a|b$)",
+    ),
     *(r"(a|b)*a(a|b){6}", r"é|ü+", r"(?s:.)x", r"(a*)*b", r"x{0,3000}", r"[^abc]*?x|", r"\S\s"),
-    *(r"[a-f]+ \w+: .*END", r"(?s).*</answer>", r"(\w+ ){3}[é漢]", r"[^x]*x", "(ab)*c", "a?"),
-    *(r"a/b\/c\\/", r"\Aab\Z", "a\nb", r" *(\w+ ){2}[é漢].*", r"\$\Z", r"a\\"),
+    *(
+        r"[a-f]+ [a-zé]+: .*END",
+        r"(?s).*</answer>",
+        r"([a-zé]+ ){3}[é漢]",
+        r"[^x]*x",
+        "(ab)*c",
+        "a?",
+    ),
+    *(r"a/b\/c\\/", r"\Aab\Z", "a\nb", r" *([a-zé]+ ){2}[é漢].*", r"\$\Z", r"a\\"),
 ]
 
 
