@@ -126,9 +126,16 @@ class Decoder:
         return buffer.raw[:n]
 
     def pieces(self) -> list[bytes]:
-        """``piece`` of all ids in order; none for ids that are only read."""
-        n = self._geometry.vocab_size
-        return [self.piece(token) for token in range(n)] + [b""] * (self.n_ids - n)
+        """``piece`` of all ids in order; none for ids that are only read, and for tokens of the
+        user's that look like special ones.
+        """
+        found = [self.piece(token) for token in range(self._geometry.vocab_size)]
+        for token, piece in enumerate(found):
+            if piece.startswith(b"<") and piece.endswith(b">"):
+                attributes = self._api.llama_vocab_get_attr(self._weights.vocab, token)
+                if attributes & self._api.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                    found[token] = b""
+        return found + [b""] * (self.n_ids - len(found))
 
     def context(self, n_positions: int) -> Context:
         """A context with room for at least ``n_positions``, which it takes when it is first used.

@@ -6,6 +6,7 @@ Schemas and patterns are compiled by llguidance; what it supports is supported.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from edge_vlm.errors import DecoderError, PromptError
+from edge_vlm.forms.numbers import narrow
 from edge_vlm.forms.vocabulary import byte_matcher
 
 MAX_SCHEMA_BYTES = 1 << 20
@@ -99,9 +101,15 @@ def _typed_form(wanted: Any) -> Form:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DecoderError(f"the answer cannot be read as JSON ({error}): {text[:200]}") from error
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
 
 
 def _canonical(schema: Any) -> str:
@@ -183,6 +191,7 @@ def _prepare(schema: dict[str, Any]) -> tuple[bytes, ...]:
             raise PromptError(f"schema: multipleOf {multiple} is more than {_MAX_MULTIPLE}")
         if isinstance(part.get("enum"), list) and len(part["enum"]) > _MAX_VALUES:
             raise PromptError(f"schema: an enum has more than {_MAX_VALUES} values")
+        narrow(part, is_combined or id(part) in open_ids)
         names, required = part.get("properties"), part.get("required", [])
         is_plain = isinstance(names, dict) and not part.keys() & (_COMBINING | _OPEN)
         if is_plain and not is_combined and id(part) not in open_ids and "#" not in combined:
