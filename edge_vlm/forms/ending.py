@@ -15,7 +15,7 @@ from edge_vlm.forms.vocabulary import byte_tokenizer, reason
 
 MAX_ENDING_BYTES = 1 << 15
 _ATTEMPTS = 10
-_SECONDS = 1.0  # of all attempts
+_SECONDS = 1.0  # of this thread, for all attempts
 _MANY = 20  # options that are a string's rather than a structure's
 # Where little may come, as behind a value: what ends it, or else is short. In a string: its end.
 _FIRST_OF_FEW = b'}]",:1234567890ntf[{'
@@ -54,14 +54,15 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
         limit: bytes.
         hints: what may be needed to the letter; tried where there is a choice.
     """
-    stop_at = time.monotonic() + _SECONDS
+    stop_at = time.thread_time() + _SECONDS
     for attempt in range(_ATTEMPTS):
         walk, text = state.deep_copy(), bytearray()
         taken: Counter[tuple[bytes, int]] = Counter()
+        closed: set[bytes] = set()
         patience = 8 if attempt else 1  # times
         dice = random.Random(attempt)  # noqa: S311 - no secret
-        while not walk.is_accepting() and len(text) <= limit and time.monotonic() < stop_at:
-            step = _hint(walk, hints)
+        while not walk.is_accepting() and len(text) <= limit and time.thread_time() < stop_at:
+            step = _hint(walk, hints, closed)
             if not step:
                 mask = walk.compute_bitmask()[:32]
                 options = _in_order(mask)
@@ -82,12 +83,20 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
             yield bytes(text)
 
 
-def _hint(walk: LLMatcher, hints: Sequence[bytes]) -> bytes:
-    """A hint after which a string, or all, may end."""
+def _hint(walk: LLMatcher, hints: Sequence[bytes], closed: set[bytes]) -> bytes:
+    """A hint after which all may end, or a string, which each closes once: `.*` takes any of them.
+
+    Args:
+        walk: where in the form.
+        hints: see ``endings``.
+        closed: those that closed a string already.
+    """
     for hint in hints:
         if ends(walk, hint):
             return hint
-        if walk.validate_tokens([*hint, ord('"')]) == len(hint) + 1:
+    for hint in hints:
+        if hint not in closed and walk.validate_tokens([*hint, ord('"')]) == len(hint) + 1:
+            closed.add(hint)
             return hint + b'"'
     return b""
 

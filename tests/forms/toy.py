@@ -22,18 +22,17 @@ PIECES += [b"\xa9!", b"", b"", b""]
 STOP = (len(PIECES) - 1, len(PIECES) - 3)
 
 
+LONGEST_FIRST = sorted((i for i, p in enumerate(PIECES) if p), key=lambda i: -len(PIECES[i]))
+STARTING = {b: [i for i in LONGEST_FIRST if PIECES[i][0] == b] for b in range(256)}
+
+
 def spell(text: str) -> list[int]:
     """The longest token each time."""
-    data, ids = text.encode(), []
-    while data:
-        best = max((i for i, p in enumerate(PIECES) if p and data.startswith(p)), key=_length)
-        ids.append(best)
-        data = data[len(PIECES[best]) :]
+    data, ids, at = text.encode(), [], 0
+    while at < len(data):
+        ids.append(next(i for i in STARTING[data[at]] if data.startswith(PIECES[i], at)))
+        at += len(PIECES[ids[-1]])
     return ids
-
-
-def _length(token: int) -> int:
-    return len(PIECES[token])
 
 
 VOCABULARY = Vocabulary(PIECES, STOP, spell)
