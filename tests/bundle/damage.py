@@ -1,4 +1,4 @@
-"""Ways to damage a bundle."""
+"""Ways to damage a bundle, and how it is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from edge_vlm import EdgeVLM
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME
+from edge_vlm.engines import Decoder
+from edge_vlm.errors import BundleError
+
+FILES = (VISION_NAME, DECODER_NAME)
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -50,3 +58,16 @@ def drop(*path: str) -> Change:
         del data[path[-1]]
 
     return change
+
+
+def refused(path: str | Path, *words: str, decoder: Decoder | None = None) -> str:
+    """The message, of one line, with which a bundle is refused; by default before the decoder."""
+    with pytest.raises(BundleError) as caught:
+        EdgeVLM.load(path, decoder=decoder)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert message.isprintable()
+    assert len(message) < 1000
+    for word in words:
+        assert word in message
+    return message
