@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import signal
 import sys
 import threading
@@ -359,9 +360,12 @@ def mapping(path: Path) -> tuple[int, int] | None:
 
 @pytest.mark.engine
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing happens")
-def test_a_mapped_file_is_let_go_of_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapped_file_is_let_go_of_while_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Again and again, also what was read of it meanwhile."""
-    opened = OpenBundle.open(embedded_bundle())
+    folder = tmp_path / "bundle"  # a file that no other model of this process has mapped
+    opened = OpenBundle.open(shutil.copytree(embedded_bundle(), folder))
     path = opened.file(DECODER_NAME).resolve()
     had: list[int] = []
     left: list[int] = []
