@@ -172,7 +172,8 @@ def test_bytes_counted_in_another_thread(
             finished.clear()
             threading.Thread(target=count).start()
             finished.wait(10)
-            time.sleep(0.1)  # where an interrupt arrives
+            for _ in range(500):  # where an interrupt arrives, on a busy machine later
+                time.sleep(0.01)
         return original(repo, name, tqdm_class=tqdm_class, **options)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", by_xet)
