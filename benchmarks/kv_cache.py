@@ -16,7 +16,7 @@ from common import save
 
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.measure.bench import circumstances
 
@@ -34,7 +34,7 @@ def main() -> None:
     rows = np.random.default_rng(0).normal(0, 0.02, (options.positions, width)).astype(np.float32)
     found = []
     for kv_type in options.kv_types:
-        decoder = Decoder(bundle, kv_type=kv_type)
+        decoder = LlamaDecoder(bundle, kv_type=kv_type)
         with decoder.context(options.positions) as context:
             context.append_embeddings(rows)
             held = context.state_bytes

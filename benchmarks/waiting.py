@@ -22,7 +22,7 @@ from common import save
 
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.decoder.waiting import Patience
 from edge_vlm.measure.bench import circumstances
 
@@ -40,7 +40,7 @@ def main() -> None:
     width = bundle.manifest.decoder.hidden_size
     rows = np.random.default_rng(0).normal(0, 0.02, (POSITIONS, width)).astype(np.float32)
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    with contextlib.closing(Decoder(bundle)) as decoder:
+    with contextlib.closing(LlamaDecoder(bundle)) as decoder:
         work(decoder, rows, 2)  # the weights' first use
         for _ in range(options.rounds):
             for state, n_cores in (("quiet", 0), ("one core busy", 1)):
@@ -70,7 +70,7 @@ def main() -> None:
     save("waiting", {**circumstances(), "medians": medians, "ratios": found})
 
 
-def work(decoder: Decoder, rows: Any, n_tokens: int) -> dict[str, float]:
+def work(decoder: LlamaDecoder, rows: Any, n_tokens: int) -> dict[str, float]:
     """Positions and tokens a second."""
     with decoder.working(), decoder.context(len(rows) + n_tokens) as context:
         started = time.perf_counter()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_vlm.progress import CancelToken
 
     Float32 = npt.NDArray[np.float32]
+    Int32 = npt.NDArray[np.int32]
 
 
 class VisionTower(Protocol):
@@ -72,21 +73,25 @@ class VisionTower(Protocol):
 
 
 class Context(Protocol):
-    """One sequence in a KV cache."""
+    """One sequence in a KV cache, counted in cells: one a token or row of a picture.
+
+    Which positions the model gives them is the context's to know: the next ones, or with M-RoPE
+    those of a picture, so that a prompt may have more cells than positions.
+    """
 
     @property
     def n_positions(self) -> int:
-        """Positions in use."""
+        """Cells in use."""
 
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for the KV cache."""
 
     def reserve(self, n_positions: int) -> None:
-        """Make room for ``n_positions`` in all; what is cached stays."""
+        """Make room for ``n_positions`` cells in all; what is cached stays."""
 
     def truncate(self, n_positions: int) -> None:
-        """Forget everything from position ``n_positions`` on."""
+        """Forget all but the first ``n_positions`` cells; a picture of M-RoPE goes as a whole."""
 
     def settle(self) -> None:
         """Do now what the first token of an answer would have to wait for."""
@@ -105,11 +110,15 @@ class Context(Protocol):
         self,
         rows: Float32,
         *,
+        positions: Int32 | None = None,
         logits: bool = False,
         cancel: CancelToken | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Prefill rows of shape (n, hidden_size)."""
+        """Prefill rows of shape (n, hidden_size).
+
+        ``positions`` are given for a picture of a family that has M-RoPE, see ``Family.positions``.
+        """
 
     def logits(self) -> Float32:
         """(n_ids,): scores of the token that follows, a copy."""
@@ -118,7 +127,7 @@ class Context(Protocol):
         """Give those of the ids (n_ids,) that are set a logit of minus infinity."""
 
     def state(self, n_positions: int | None = None) -> npt.NDArray[np.uint8]:
-        """The first positions of what is cached, as bytes for ``set_state``."""
+        """The first cells of what is cached, as bytes for ``set_state``."""
 
     @property
     def state_bytes(self) -> int:
@@ -171,7 +180,7 @@ class Decoder(Protocol):
         """``piece`` of all ids in order; none for ids that are only read."""
 
     def context(self, n_positions: int) -> Context:
-        """A context with room for at least ``n_positions``."""
+        """A context with room for at least ``n_positions`` cells."""
 
     def sampler(
         self, *, temperature: float, top_p: float, min_p: float, seed: int

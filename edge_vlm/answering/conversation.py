@@ -49,7 +49,7 @@ class Conversation:
 
     @property
     def state(self) -> State:
-        """What it holds: messages, pictures, and ids of all positions."""
+        """What it holds: messages, pictures, and ids of all cells."""
         return self._state
 
     @property

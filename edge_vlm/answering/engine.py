@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.checksums import verify
-from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.machine.settings import MachineSettings, cpu_identity
 from edge_vlm.machine.store import open_store
 from edge_vlm.pictures.picture import TileCache
 from edge_vlm.planning.limits import within_memory
 from edge_vlm.planning.request import ModelSizes
 from edge_vlm.planning.tuning import engines_for, load_tuning
-from edge_vlm.prompt.builder import PromptBuilder
+from edge_vlm.prompt.builder import PrefixCache, PromptBuilder
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
@@ -74,7 +73,7 @@ def load_engine(
 def _llama(
     bundle: Bundle, settings: MachineSettings, engines: EngineSettings, in_turns: bool
 ) -> Decoder:
-    from edge_vlm.decoder.decoder import Decoder as LlamaDecoder
+    from edge_vlm.decoder.decoder import LlamaDecoder
 
     return LlamaDecoder(
         bundle,

@@ -18,6 +18,7 @@ from edge_vlm.pictures.picture import Crops, Picture, TileCache, encode_pictures
 from edge_vlm.planning.budget import budget_positions, check_budget, limit_tiles
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 from edge_vlm.prompt.builder import (
+    PrefixCache,
     PromptBuilder,
     common_prefix,
     identity,
@@ -30,7 +31,6 @@ from edge_vlm.prompt.messages import Message, Text, check_messages
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Manifest
-    from edge_vlm.decoder.kv_state import PrefixCache
     from edge_vlm.engines import Context, Decoder, VisionTower
     from edge_vlm.forms.constraint import Constraint
     from edge_vlm.forms.vocabulary import Vocabulary
@@ -87,7 +87,7 @@ class State:
     messages: tuple[Message, ...] = ()
     pictures: tuple[Picture, ...] = ()
     text: str = ""  # of the prompt and the answers, as rendered and generated
-    ids: tuple[int, ...] = ()  # one an input position; -1 - i for picture i
+    ids: tuple[int, ...] = ()  # one a cell of the KV cache; -1 - i for picture i
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Cache:
     """A conversation's context, and what its KV cache holds."""
 
     context: Context | None = None
-    resident: tuple[int | bytes, ...] = ()  # see ``positions.identity``
+    resident: tuple[int | bytes, ...] = ()  # see ``builder.identity``
 
 
 class Turn:
@@ -246,6 +246,7 @@ class Turn:
         context.truncate(n_kept)  # also what a turn that was stopped has left
         if self._cancel:
             self._cancel.check()
+        n_kept = context.n_positions  # fewer, if a picture would have been cut that cannot be
         n_restored = end = 0
         if n_kept == 0:
             n_restored = self._restore(context, ids, pictures)
@@ -255,7 +256,7 @@ class Turn:
         return _Prompt(context, ids, held, pictures, n_kept, n_restored, end, crops)
 
     def _restore(self, context: Context, ids: Sequence[int], pictures: Sequence[Picture]) -> int:
-        """Positions put into the empty context from disk."""
+        """Cells of the empty context that come from disk."""
         if self._engine.prefixes is None:
             return 0
         started = time.perf_counter()
@@ -277,9 +278,9 @@ class Turn:
         return crops
 
     def _prefill(self, prompt: _Prompt) -> None:
-        """Put what is not cached into the KV cache; logits for the last position.
+        """Put what is not cached into the KV cache; logits for the last token.
 
-        What follows position ``settle_at`` is computed as behind a prefix from disk.
+        What follows the first ``settle_at`` cells is computed as behind a prefix from disk.
         """
         started, loaded = time.perf_counter(), self._engine.decoder.load_seconds
         ids, n_kept, end = prompt.ids, prompt.n_kept, len(prompt.ids)
@@ -297,10 +298,12 @@ class Turn:
             if ids[start] >= 0:
                 prompt.context.append_tokens(ids[start:stop], **how)
             else:
-                first, rows = ids.index(ids[start]), prompt.pictures[-1 - ids[start]].rows
-                if rows is None:
+                first, picture = ids.index(ids[start]), prompt.pictures[-1 - ids[start]]
+                if picture.rows is None:
                     raise DecoderError("a picture was not encoded")
-                prompt.context.append_embeddings(rows[start - first : stop - first], **how)
+                if picture.positions is not None:  # of the whole block: none of it is cached
+                    how["positions"] = picture.positions
+                prompt.context.append_embeddings(picture.rows[start - first : stop - first], **how)
             if stop == prompt.settle_at:
                 prompt.context.settle()
         self._clock.prefill += time.perf_counter() - started
@@ -373,7 +376,7 @@ class _Prompt:
     ids: tuple[int, ...]
     identity: tuple[int | bytes, ...]
     pictures: tuple[Picture, ...]
-    n_kept: int  # positions that are cached already
+    n_kept: int  # cells that are filled already
     n_restored: int  # of them, from disk
     settle_at: int  # behind the last picture, where nothing was cached; else 0
     crops: Crops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.decoder import llama
-from edge_vlm.decoder.kv_state import N_SEQUENCES, copy_cells, move_cells
+from edge_vlm.decoder.llama import N_SEQUENCES, cell_positions, copy_cells, move_cells
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from edge_vlm.progress import CancelToken
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 _ABORTED = 2  # llama_decode's result when the abort callback answered true
 
@@ -54,7 +56,9 @@ class Context:
     """One sequence in a KV cache. Not safe for use by two threads at once.
 
     It is created when it is first used. While the weights are released, its content is parked as
-    bytes.
+    bytes. What is cached is counted in cells, one a token or row of a picture, and so is the room
+    for it. The positions that the model turns its vectors by are another count with M-RoPE: there a
+    picture's cells share the temporal one, so that llama.cpp can forget them together alone.
 
     Args:
         weights: of the model.
@@ -79,8 +83,9 @@ class Context:
         self._free: weakref.finalize[..., Context] | None = None
         self._capacity = context_size(n_positions)
         self._parked: UInt8 | None = None
-        self._n_parked = 0
-        self._room = 0  # positions of the llama.cpp context
+        self._at: list[int] = []  # the (temporal) position of each cell, never falling
+        self._next = 0  # the position of what follows
+        self._room = 0  # cells of the llama.cpp context
         self._flash = False  # whether it is laid out for a prompt alone, see ``_arrange``
 
     def __enter__(self) -> Context:
@@ -91,15 +96,18 @@ class Context:
 
     @property
     def capacity(self) -> int:
-        """Positions there is room for."""
+        """Cells there is room for."""
         return self._capacity
 
     @property
     def n_positions(self) -> int:
-        """Positions in use."""
-        if self._context is None:
-            return self._n_parked
-        return 1 + int(self._api.llama_memory_seq_pos_max(self._memory(), 0))
+        """Cells in use."""
+        return len(self._at)
+
+    @property
+    def next_position(self) -> int:
+        """What the next token is turned by; without M-RoPE the number of cells."""
+        return self._next
 
     @property
     def kv_bytes(self) -> int:
@@ -107,7 +115,7 @@ class Context:
         return self._kv_bytes(self.capacity)
 
     def reserve(self, n_positions: int) -> None:
-        """Make room for ``n_positions`` in all; what is cached stays.
+        """Make room for ``n_positions`` cells in all; what is cached stays.
 
         Raises:
             DecoderError: llama.cpp could not create the larger context.
@@ -127,7 +135,7 @@ class Context:
         """What is cached, as bytes for ``set_state`` of a context with the same settings.
 
         Args:
-            n_positions: the first of them; all by default.
+            n_positions: so many cells of it; all by default.
 
         Raises:
             DecoderError: llama.cpp failed.
@@ -143,35 +151,57 @@ class Context:
     def set_state(self, state: UInt8) -> bool:
         """Replace what is cached; false, and nothing cached, if it does not fit."""
         self._arrange()
-        return self._fill(self._open(), state)
+        self._at, self._next = [], 0
+        if self._fill(self._open(), state):
+            self._at, self._next = cell_positions(state, self._weights.has_mrope)
+            return True
+        self._api.llama_memory_seq_rm(self._memory(), 0, -1, -1)
+        return False
 
     def settle(self) -> None:
         """Do now what the first token of an answer would have to wait for."""
         self._arrange()
 
     def truncate(self, n_positions: int) -> None:
-        """Forget everything from position ``n_positions`` on."""
-        if self._context is None and n_positions >= self._n_parked:
-            return
-        self._api.llama_memory_seq_rm(self._memory(), 0, n_positions, -1)
+        """Forget all but the first ``n_positions`` cells; a picture of M-RoPE goes as a whole."""
+        if n_positions < len(self._at):
+            self._next = self._at[n_positions]
+            del self._at[bisect_left(self._at, self._next) :]
+            self._api.llama_memory_seq_rm(self._memory(), 0, self._next, -1)
 
     def append_tokens(self, ids: Sequence[int], **options: Any) -> None:
         """Prefill token ids; options as ``append_embeddings``."""
         self._append(np.asarray(ids, np.int32), **options)
 
-    def append_embeddings(self, rows: Float32, **options: Any) -> None:
+    def append_embeddings(
+        self, rows: Float32, *, positions: Int32 | None = None, **options: Any
+    ) -> None:
         """Prefill rows of shape (n, hidden_size), batch by batch.
 
         Args:
             rows: decoder input embeddings, float32.
+            positions: (n, 3) of a whole picture with M-RoPE, see ``Family.positions``; each row has
+                the next one by default.
             options: ``logits`` (default false) computes them for the last position, ``cancel``
                 stops between two operators, ``progress`` is called with the positions done.
 
         Raises:
-            Cancelled: ``cancel`` was set; the batches done stay cached.
-            DecoderError: llama.cpp failed.
+            Cancelled: ``cancel`` was set; the batches done stay cached, but of a picture with
+                ``positions`` nothing.
+            DecoderError: llama.cpp failed, or the model takes one position a row.
         """
-        self._append(np.ascontiguousarray(rows, np.float32), **options)
+        rows = np.ascontiguousarray(rows, np.float32)
+        if positions is None:
+            self._append(rows, **options)
+            return
+        if not self._weights.has_mrope:
+            raise DecoderError(f"{self._weights.path}: takes one position a token, not three")
+        n_before = len(self._at)
+        try:
+            self._append(rows, np.asarray(positions, np.int32).T, **options)
+        except BaseException:
+            self.truncate(n_before)
+            raise
 
     def forbid(self, ids: npt.NDArray[np.bool_]) -> None:
         """Give those of the ids (vocabulary,) that are set a logit of minus infinity."""
@@ -203,8 +233,7 @@ class Context:
     def park(self) -> None:
         """Keep the content as bytes and free the context, which refers to the weights."""
         if self._context is not None:
-            self._n_parked = self.n_positions
-            self._parked = self.state() if self._n_parked else None
+            self._parked = self.state() if self._at else None
             self._drop()
 
     def _drop(self) -> None:
@@ -214,8 +243,8 @@ class Context:
 
     def _copy(self, n_positions: int | None = None) -> UInt8:
         """As ``state``, in the present layout."""
-        stop = self.n_positions if n_positions is None else n_positions
-        return copy_cells(self._api, self._open(), 0, stop)
+        n = len(self._at) if n_positions is None else min(n_positions, len(self._at))
+        return copy_cells(self._api, self._open(), 0, [*self._at, self._next][n])
 
     def _fill(self, context: Any, state: UInt8) -> bool:
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -226,7 +255,7 @@ class Context:
         self._free = weakref.finalize(self, self._api.llama_free, context)
 
     def _arrange(self, n_rows: int = 0) -> None:
-        """Lay the KV cache out for the next ``n_rows`` positions; 0: for an answer.
+        """Lay the KV cache out for the next ``n_rows`` cells; 0: for an answer.
 
         With flash attention for prompts alone, a long one gets a context of its own, from which
         the KV cache is moved when something else is asked for. What is in front of it is short,
@@ -244,7 +273,7 @@ class Context:
         new = self._create(room, flash)
         try:
             if n_cached and flash != self._flash:
-                move_cells(self._api, old, new, n_cached, self._weights.geometry.n_layers)
+                move_cells(self._weights, old, new, self._next)
             elif n_cached and not self._fill(new, self._copy()):
                 raise DecoderError("llama.cpp could not move the KV cache to another context")
         except DecoderError:
@@ -258,8 +287,10 @@ class Context:
     def _takes_flash(self, n_rows: int, n_cached: int) -> bool:
         if self._settings.flash_attention != "prefill":
             return False
-        both, budget = self.kv_bytes + self._kv_bytes(n_cached + n_rows), self._settings.kv_budget
-        if budget is not None and both > budget:
+        # With M-RoPE, a picture's cells are copied at once when they move.
+        prompt, n_copies = self._kv_bytes(n_cached + n_rows), 2 if self._weights.has_mrope else 1
+        budget = self._settings.kv_budget
+        if budget is not None and self.kv_bytes + n_copies * prompt > budget:
             return False
         return n_rows >= FLASH_ROWS and (self._flash or n_rows >= n_cached)
 
@@ -300,13 +331,17 @@ class Context:
     def _append(
         self,
         rows: npt.NDArray[Any],
+        behind: Int32 | None = None,
         *,
         logits: bool = False,
         cancel: CancelToken | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        """Rows or ids; ``behind``: their positions, (n,) or (3, n), counted from the next one."""
         self._arrange(len(rows))
         api, context = self._api, self._open()
+        at = np.arange(len(rows), dtype=np.int32) if behind is None else behind
+        at = at + np.int32(self._next)
         batches = _batches(len(rows), int(api.llama_n_batch(context)), self._flash)
         if cancel:
             address = ctypes.cast(cancel.buffer, ctypes.c_void_p)
@@ -317,7 +352,9 @@ class Context:
                     cancel.check()
                 wanted = np.zeros(stop - start, np.int8)
                 wanted[-1] = logits and stop == len(rows)
-                self._decode(rows[start:stop], wanted, cancel)
+                self._decode(rows[start:stop], at[..., start:stop], wanted, cancel)
+                self._at += np.atleast_2d(at)[0, start:stop].tolist()
+                self._next = int(at[..., :stop].max()) + 1
                 if progress:
                     progress(stop)
         finally:
@@ -325,15 +362,25 @@ class Context:
                 api.llama_set_abort_callback(context, llama.never_abort(), None)
 
     def _decode(
-        self, part: npt.NDArray[Any], wanted: npt.NDArray[np.int8], cancel: CancelToken | None
+        self,
+        part: npt.NDArray[Any],
+        at: Int32,
+        wanted: npt.NDArray[np.int8],
+        cancel: CancelToken | None,
     ) -> None:
         api = self._api
-        batch = api.llama_batch()  # no positions, no sequence ids: the next ones of sequence 0
+        batch = api.llama_batch()  # without sequence ids: sequence 0
         batch.n_tokens = len(part)
         if part.ndim == 1:
             batch.token = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         else:
             batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            if self._weights.has_mrope:  # planes of t, h, w and nothing; of ids, one is enough
+                planes = np.zeros((4, len(part)), np.int32)
+                planes[:3] = at
+                at = planes
+        at = np.ascontiguousarray(at, np.int32)
+        batch.pos = at.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         process.forget_errors()
         result = api.llama_decode(self._open(), batch)
@@ -344,7 +391,7 @@ class Context:
         raise DecoderError(f"llama.cpp failed with code {result}{process.because()}")
 
     def _kv_bytes(self, n_positions: int) -> int:
-        """Bytes of a KV cache for at least so many positions."""
+        """Bytes of a KV cache for at least so many cells."""
         element = KV_TYPES[self._settings.kv_type]
         return context_size(n_positions) * self._weights.geometry.kv_bytes_per_token(element)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
 
 
-class Decoder:
+class LlamaDecoder:
     """Vocabulary, chat template and contexts of a bundle's ``decoder.gguf``.
 
     With ``in_turns``, the weights are loaded when a context is used and can be released again;

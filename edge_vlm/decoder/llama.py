@@ -1,6 +1,11 @@
-"""llama.cpp in this process: the library, loaded once, and a model's weights and vocabulary.
+"""llama.cpp in this process: the library, loaded once, a model's weights, KV caches as bytes.
 
 llama-cpp-python's low-level functions mirror ``llama.h`` of the pinned release.
+
+Without flash attention llama.cpp keeps V transposed, with it as rows; apart from that the KV caches
+are the same, bit for bit. The state functions of ``llama.h`` give out the cells of a sequence as
+bytes but refuse the other layout, so V is transposed on the way, some cells at a time. The bytes
+follow ``llama_kv_cache::state_write``.
 """
 
 from __future__ import annotations
@@ -15,8 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edge_vlm.decoder.waiting import Patience
-from edge_vlm.errors import BundleError
+from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.memory import forget_mapped
 from edge_vlm.machine.process import llama_log, long_waits, waits_are_decided
@@ -26,7 +34,15 @@ if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
     from edge_vlm.machine.engine_settings import EngineSettings
 
+UInt8 = npt.NDArray[np.uint8]
+N_SEQUENCES = 2  # that a context must have room for: the one in use, and the cells on their way
+_USED, _MOVING = 0, 1
 _FORGET_EVERY = 1 / 32  # of a file that is loaded
+_STEP = 128  # positions at a time: little memory, and a layer's V fits a core's cache
+_HEAD = 16  # bytes: magic, sequence, streams, cells
+_CELL = 12  # position, number of sequences, sequence
+_MROPE_CELL = 24  # temporal position, number of sequences, width, height, token, sequence
+_TENSOR = 12  # in front of a layer's K or V
 
 
 def load(spinning: bool) -> Patience | None:
@@ -149,6 +165,9 @@ class Weights:
             weakref.finalize(self, self.api.llama_model_free, vocabulary)
         else:
             vocabulary = self.model()
+        # A token of M-RoPE has three positions: temporal, height and width.
+        kinds = self.api.LLAMA_ROPE_TYPE_MROPE, self.api.LLAMA_ROPE_TYPE_IMROPE
+        self.has_mrope: bool = self.api.llama_model_rope_type(vocabulary) in kinds
         self.vocab = self.api.llama_model_get_vocab(vocabulary)
         self.template = self.api.llama_model_chat_template(vocabulary, None)
 
@@ -214,3 +233,117 @@ class Weights:
                 raise BundleError(
                     f"{self.path}: has {name} {value}, the manifest says {expected[name]}"
                 )
+
+
+def move_cells(weights: Weights, source: Any, target: Any, stop: int) -> None:
+    """Copy what stands in front of position ``stop`` into an empty context.
+
+    Args:
+        weights: of the model.
+        source: a context; what it holds stays.
+        target: a context of the same KV-cache type, where V is laid out in the other way.
+        stop: a position, the temporal one with M-RoPE.
+
+    Raises:
+        DecoderError: llama.cpp failed, or lays its state out in another way.
+    """
+    api, n_layers = weights.api, weights.geometry.n_layers
+    theirs = api.llama_get_memory(target)
+    buffer = np.empty(0, np.uint8)
+    for start in range(0, stop, _STEP):
+        state = copy_cells(api, source, start, min(start + _STEP, stop), buffer)
+        buffer = max(buffer, state, key=len)
+        n_cells = int(state[12:_HEAD].view(np.uint32)[0])
+        if not n_cells:  # behind a picture with fewer cells in a row than positions
+            continue
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        transpose_values(state, n_cells, n_layers, has_mrope=weights.has_mrope)
+        if not api.llama_state_seq_set_data(target, data, len(state), _MOVING):
+            raise DecoderError("llama.cpp could not move the KV cache to another context")
+        api.llama_memory_seq_cp(theirs, _MOVING, _USED, -1, -1)
+        api.llama_memory_seq_rm(theirs, _MOVING, -1, -1)
+
+
+def copy_cells(api: Any, context: Any, start: int, stop: int, buffer: UInt8 | None = None) -> UInt8:
+    """The state of positions ``start`` to ``stop`` alone, in ``buffer`` if that is large enough;
+    with M-RoPE, temporal ones.
+
+    Raises:
+        DecoderError: llama.cpp failed.
+    """
+    memory = api.llama_get_memory(context)
+    api.llama_memory_seq_cp(memory, _USED, _MOVING, start, stop)
+    try:
+        size = int(api.llama_state_seq_get_size(context, _MOVING))
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size, np.uint8)
+        state = buffer[:size]
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if api.llama_state_seq_get_data(context, data, size, _MOVING) != size:
+            raise DecoderError("llama.cpp could not copy the KV cache")
+    finally:
+        api.llama_memory_seq_rm(memory, _MOVING, -1, -1)
+    return state
+
+
+def cell_positions(state: UInt8, has_mrope: bool) -> tuple[list[int], int]:
+    """(Temporal) positions of the cells in a sequence's state, in order, and the next position.
+
+    Raises:
+        DecoderError: the state is laid out in another way.
+    """
+    n_cells = int(state[12:_HEAD].view(np.uint32)[0])
+    size = _MROPE_CELL if has_mrope else _CELL
+    _expect(len(state) >= _HEAD + size * n_cells)
+    cells = state[_HEAD : _HEAD + size * n_cells].view(np.int32).reshape(n_cells, size // 4)
+    _expect((cells[:, 1] == 1).all())
+    temporal, others = cells[:, 0], cells[:, 2:4] if has_mrope else cells[:, :1]
+    last = max(int(temporal.max(initial=-1)), int(others.max(initial=-1)))
+    return sorted(temporal.tolist()), last + 1
+
+
+def transpose_values(state: UInt8, n_cells: int, n_layers: int, *, has_mrope: bool = False) -> None:
+    """Turn a state with V as rows into one with V transposed, or the other way round, in place.
+
+    Args:
+        state: bytes of one sequence.
+        n_cells: in it.
+        n_layers: of the model.
+        has_mrope: whether it is one with M-RoPE.
+
+    Raises:
+        DecoderError: the state is laid out in another way.
+    """
+    position = _HEAD + (_MROPE_CELL if has_mrope else _CELL) * n_cells
+    _expect(len(state) > position + 8 and state[12:_HEAD].view(np.uint32)[0] == n_cells)
+    transposed, layers = state[position : position + 8].view(np.uint32)
+    _expect(transposed in (0, 1) and layers == n_layers)
+    state[position : position + 4].view(np.uint32)[0] = 1 - transposed
+    position += 8
+    # What is left is K and V of all layers, which are equally long.
+    length, rest = divmod(len(state) - position, 2 * n_layers)
+    row_bytes, odd = divmod(length - _TENSOR, n_cells)
+    _expect(rest == 0 and odd == 0 and row_bytes > 0)
+    for layer in range(n_layers):
+        key = state[position + layer * length :][:length]
+        value = state[position + (n_layers + layer) * length :][:length]
+        kind = key[:4].view(np.int32)[0]
+        _expect(key[4:_TENSOR].view(np.uint64)[0] == row_bytes)
+        _expect(value[:4].view(np.int32)[0] == kind and kind in (0, 1))
+        element = 2 if kind else 4  # GGML_TYPE_F16, GGML_TYPE_F32
+        width = row_bytes // element
+        sizes, row = value[4:_TENSOR].view(np.uint32), value[4:_TENSOR].view(np.uint64)
+        if transposed:
+            _expect(sizes[0] == element and sizes[1] == width)
+            row[0] = row_bytes
+        else:
+            _expect(row[0] == row_bytes)
+            sizes[:] = element, width
+        numbers = value[_TENSOR:].view(np.uint16 if kind else np.uint32)
+        rows, columns = (width, n_cells) if transposed else (n_cells, width)
+        numbers[:] = numbers.reshape(rows, columns).T.copy().reshape(-1)
+
+
+def _expect(condition: object) -> None:
+    if not condition:
+        raise DecoderError("this llama.cpp lays its KV cache out in a way that is not known here")

@@ -99,7 +99,7 @@ class Layout:
     tiling: tuple[int, int]  # rows, columns of the crop grid
     is_reduced: bool  # whether the model sees fewer pixels than the picture has
     n_crops: int  # to encode, the overview included
-    n_tokens: int  # positions of the prompt
+    n_tokens: int  # of the prompt, one a row
     overview_tokens: int  # of them, vectors of the picture as a whole
     tile_tokens: int  # of them, vectors of its tiles
 
@@ -192,6 +192,18 @@ class Family(ABC):
     @abstractmethod
     def block(self, plan: Any, processor: Any, tokens: Any) -> Int32:
         """The ids that stand for those rows in the published implementation: (n_tokens,)."""
+
+    def positions(self, plan: Any, processor: Any) -> Int32 | None:
+        """Where a picture's rows stand for a decoder with M-RoPE, counted from the block's start.
+
+        What follows stands behind the largest of these numbers. The temporal ones never fall; rows
+        that share one are forgotten together.
+
+        Returns:
+            (n_tokens, 3): temporal, height and width; None where each row has the next position.
+        """
+        del plan, processor
+        return None
 
     @abstractmethod
     def limited(self, processor: Any, max_tiles: int) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import DecoderError, VisionError
 from edge_vlm.families.base import family_of
 from edge_vlm.pictures.tower import VisionTower
@@ -42,7 +42,7 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     if np.ptp(embeddings, axis=(0, 1)).max() == 0:
         raise VisionError(f"{bundle.path}: vision.onnx gives the same vector everywhere")
     rows = family.rows(embeddings, tower.marker_embeddings, tiles.plan, processor)
-    decoder = Decoder(bundle, engines, kv_type=settings.kv_type, logs=settings.engine_logs)
+    decoder = LlamaDecoder(bundle, engines, kv_type=settings.kv_type, logs=settings.engine_logs)
     try:
         prompts = PromptBuilder(bundle.manifest, decoder.chat_template, decoder.tokenize)
         spans = prompts.build([user_message([picture], _QUESTION)])
@@ -52,7 +52,8 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
                 if isinstance(span, TokenSpan):
                     context.append_tokens(span.ids, logits=True)
                 else:
-                    context.append_embeddings(rows)
+                    positions = family.positions(tiles.plan, processor)
+                    context.append_embeddings(rows, positions=positions)
             logits = context.logits()[: bundle.manifest.decoder.vocab_size]
     finally:
         decoder.close()

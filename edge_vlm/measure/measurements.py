@@ -13,7 +13,7 @@ import psutil
 from edge_vlm.answering.conversation import Conversation
 from edge_vlm.answering.model import Chat, EdgeVLM
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes
@@ -95,7 +95,7 @@ class Measurements:
         if fresh:
             self._decoder = (None, None)
             gc.collect()
-            decoder = Decoder(Bundle.open(model), EngineSettings(**engines), kv_type=kv_type)
+            decoder = LlamaDecoder(Bundle.open(model), EngineSettings(**engines), kv_type=kv_type)
             self._decoder = (key, decoder)
         decoder = self._decoder[1]
         decoder.use(EngineSettings(**engines))

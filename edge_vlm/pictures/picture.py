@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edge_vlm.machine.settings import MachineSettings
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 _KIND = "tile"
 
 
@@ -172,10 +173,11 @@ class EncodedImage:
     digest: bytes = field(repr=False)  # of the pixels and the tiling
     model: bytes = field(repr=False)  # see TileCache.model
     processor: ImageProcessor = field(repr=False)
+    positions: Int32 | None = field(default=None, repr=False)  # see Family.positions
 
     @property
     def n_tokens(self) -> int:
-        """Positions of the prompt that the picture takes."""
+        """Tokens of the prompt that the picture takes."""
         return len(self.rows)
 
 
@@ -187,8 +189,9 @@ class Picture:
     n_tokens: int
     alone: ImageProcessor  # as it would be seen were it the only picture,
     processor: ImageProcessor  # and as it is
-    digest: bytes  # of the pixels and the tiling
+    digest: bytes  # of the pixels, the tiling and the positions
     source: object  # what it was opened from
+    positions: Int32 | None = None  # see Family.positions
     pixels: UInt8 | None = None  # dropped once it is encoded
     rows: Float32 | None = None  # (n_tokens, hidden_size)
 
@@ -196,7 +199,7 @@ class Picture:
         """What stands for it once it is encoded."""
         if self.rows is None:
             raise DecoderError("the picture was not encoded")
-        return EncodedImage(self.use, self.rows, self.digest, model, self.processor)
+        return EncodedImage(self.use, self.rows, self.digest, model, self.processor, self.positions)
 
 
 class Seeing(Protocol):
@@ -252,6 +255,7 @@ def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: 
             source.processor,
             source.digest,
             source,
+            source.positions,
             rows=source.rows,
         )
     settings = model.settings
@@ -259,12 +263,15 @@ def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: 
         source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
     )
     height, width = pixels.shape[:2]
-    plan = family_of(processor).layout(width, height, processor)
+    family = family_of(processor)
+    plan = family.layout(width, height, processor)
+    positions = family.positions(plan, processor)
     resized = plan.resized_hw[1], plan.resized_hw[0]
     use = ImageUse((width, height), resized, plan.tiling, plan.n_crops, plan.is_reduced)
     shape = np.array(pixels.shape, np.int64).tobytes()
-    digest = make_key(processor.model_dump(), shape, pixels.data.cast("B"))
-    return Picture(use, plan.n_tokens, alone, processor, digest, source, pixels)
+    placed = [] if positions is None else [positions.tobytes()]
+    digest = make_key(processor.model_dump(), shape, pixels.data.cast("B"), *placed)
+    return Picture(use, plan.n_tokens, alone, processor, digest, source, positions, pixels)
 
 
 def seen_among(picture: Picture, n_pictures: int, model: Seeing) -> Picture:

@@ -1,4 +1,4 @@
-"""From a conversation to token ids with a gap for each picture, and to positions of the KV cache.
+"""From a conversation to token ids with a gap for each picture, and what is cached of them.
 
 The chat template decides the form. Tokens are those of the whole rendered text, split only where
 the *template* placed a special token: text that a user typed stays text, whatever it spells.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edge_vlm.errors import BundleError, PromptError
+from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.prompt.messages import ImagePart, Message
 from edge_vlm.prompt.template import ChatTemplate
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Manifest
+    from edge_vlm.engines import Context
     from edge_vlm.pictures.picture import Picture
 
 Tokenize = Callable[[str], list[int]]
+_KIND = "prefix"  # of entries in the store
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ def _unused_character(messages: Sequence[Message]) -> str:
 def prompt_ids(
     spans: Sequence[Span], pictures: Sequence[Picture], n_before: int
 ) -> tuple[int, ...]:
-    """One number a position: a token id, or -1 - i where picture i's rows go.
+    """One number a cell of the KV cache: a token id, or -1 - i where a row of picture i goes.
 
     The spans' own pictures are those of ``pictures`` behind the first ``n_before``.
     """
@@ -190,7 +195,7 @@ def identity(ids: Sequence[int], pictures: Sequence[Picture]) -> tuple[int | byt
 
 
 def common_prefix(ids: Sequence[int | bytes], cached: Sequence[int | bytes]) -> int:
-    """Leading positions that are the same; at least one is left to compute logits from."""
+    """Leading cells that are the same; at least one is left to compute logits from."""
     n = 0
     for new, old in zip(ids[:-1], cached, strict=False):
         if new != old:
@@ -200,19 +205,59 @@ def common_prefix(ids: Sequence[int | bytes], cached: Sequence[int | bytes]) -> 
 
 
 def picture_ends(ids: Sequence[int]) -> list[int]:
-    """The positions behind each picture."""
-    return [
-        index + 1
-        for index, value in enumerate(ids)
-        if value < 0 and (index + 1 == len(ids) or ids[index + 1] != value)
-    ]
+    """The places behind each picture."""
+    return [stop for start, stop in runs_of(ids, 0) if ids[start] < 0]
 
 
 def runs_of(ids: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of runs of tokens and of single pictures' rows, from position ``start`` on."""
+    """(start, stop) of runs of tokens and of single pictures' rows, from place ``start`` on."""
     while start < len(ids):
         stop = start + 1
         while stop < len(ids) and (ids[stop] == ids[start] if ids[start] < 0 else ids[stop] >= 0):
             stop += 1
         yield start, stop
         start = stop
+
+
+class PrefixCache:
+    """Prefixes of prompts, each ending with a picture.
+
+    Prompts are given as ``prompt_ids`` gives them: ids, one a cell, where -1 - i stands for picture
+    i, whose content is ``digests[i]``.
+
+    Args:
+        store: where they are kept.
+        identity: what a KV cache depends on besides the prompt, see ``Decoder.identity``.
+    """
+
+    def __init__(self, store: Store, identity: Mapping[str, Any]) -> None:
+        self._store = store
+        self._identity = dict(identity)
+
+    def restore(self, context: Context, ids: Sequence[int], digests: Sequence[bytes]) -> int:
+        """Fill an empty context with the longest prefix that is kept; returns its cells."""
+        for end in reversed(picture_ends(ids)):
+            if end == len(ids):
+                continue  # the logits of the last position are not kept
+            key = self._key(ids[:end], digests)
+            state = self._store.read(_KIND, key)
+            if state is None:
+                continue
+            if context.set_state(state) and context.n_positions == end:
+                return end
+            self._store.drop(_KIND, key)
+            context.truncate(0)
+        return 0
+
+    def keep(self, context: Context, ids: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Keep the context's first cells, which are those of the prompt ``ids``."""
+        state = context.state(len(ids))
+        self._store.write_soon([Entry(_KIND, self._key(ids, digests), state)])
+
+    def _key(self, ids: Sequence[int], digests: Sequence[bytes]) -> bytes:
+        used = sorted({-1 - value for value in ids if value < 0})
+        return make_key(
+            self._identity,
+            np.array(ids, np.int32).tobytes(),
+            *(digests[index] for index in used),
+        )

@@ -13,10 +13,10 @@ import pytest
 
 from edge_vlm import Answer, Cancelled, CancelToken, EdgeVLM, Progress
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.machine.settings import cpu_identity
 from edge_vlm.machine.store import make_key
 from edge_vlm.pictures.picture import TileCache
+from edge_vlm.prompt.builder import PrefixCache
 from tests.answering.test_turns import picture
 from tests.fake_engine import FakeEngine
 

@@ -13,7 +13,7 @@ import pytest
 
 from edge_vlm import EdgeVLM
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import BundleError
 from tests.bundle.damage import record
 
@@ -100,7 +100,7 @@ def test_ggufs_that_llama_cpp_refuses(folder: Path) -> None:
         path.write_bytes(content)
         record(folder, DECODER_NAME)
         with pytest.raises(BundleError) as caught:
-            Decoder(Bundle.open(folder))
+            LlamaDecoder(Bundle.open(folder))
         message = str(caught.value)
         assert message.startswith(f"{path}: "), name
         assert message.isprintable(), name

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.decoder.context import Context, _batches
-from edge_vlm.decoder.decoder import Decoder
-from edge_vlm.decoder.kv_state import transpose_values
+from edge_vlm.decoder.decoder import LlamaDecoder
+from edge_vlm.decoder.llama import transpose_values
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine.engine_settings import FLASH_ROWS, FLASH_TILE, flash_mode, untuned
 from edge_vlm.progress import CancelToken
@@ -32,9 +32,9 @@ def model(bundle: Callable[..., Path]) -> Bundle:
 
 
 @contextmanager
-def decoder(model: Bundle, mode: str, **options: Any) -> Iterator[Decoder]:
+def decoder(model: Bundle, mode: str, **options: Any) -> Iterator[LlamaDecoder]:
     engines = replace(untuned(), threads=1, prefill_threads=1, batch_size=256, flash_attention=mode)
-    made = Decoder(model, engines, **options)
+    made = LlamaDecoder(model, engines, **options)
     try:
         yield made
     finally:

@@ -20,7 +20,7 @@ from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import DECODER_NAME
 from edge_vlm.bundle.manifest import Bundle as OpenBundle
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import InputError, VisionError
 from edge_vlm.machine.engine_settings import (
     FLASH_ATTENTION,
@@ -99,7 +99,7 @@ def test_kv_types_take_the_memory_they_say() -> None:
     opened = OpenBundle.open(embedded_bundle())
     sizes = {}
     for kv_type, per_element in KV_TYPES.items():
-        decoder = Decoder(opened, kv_type=kv_type)
+        decoder = LlamaDecoder(opened, kv_type=kv_type)
         with decoder.context(512) as context:
             context.append_tokens([5] * 500)
             sizes[kv_type] = context.state().nbytes
@@ -114,7 +114,7 @@ def test_kv_types_take_the_memory_they_say() -> None:
 def test_the_first_positions_can_be_copied(flash_attention: str) -> None:
     opened = OpenBundle.open(embedded_bundle())
     engines = replace(untuned(), threads=1, prefill_threads=1, flash_attention=flash_attention)
-    decoder = Decoder(opened, engines)
+    decoder = LlamaDecoder(opened, engines)
     with decoder.context(800) as context, decoder.context(800) as other:
         context.append_tokens([5 + i % 90 for i in range(600)])
         context.settle()
@@ -140,7 +140,7 @@ def test_what_a_smaller_kv_cache_costs(bundle: Callable[..., Path]) -> None:
     engines = replace(untuned(), threads=1, prefill_threads=1)
 
     def logits(kv_type: str) -> Any:
-        decoder = Decoder(opened, engines, kv_type=kv_type)
+        decoder = LlamaDecoder(opened, engines, kv_type=kv_type)
         with decoder.context(512) as context:
             context.append_tokens([(7 + 13 * i) % n_ids for i in range(500)], logits=True)
             return context.logits()[:n_ids]
@@ -380,13 +380,13 @@ def test_a_mapped_file_is_let_go_of_while_it_loads(
             left.append(found[1])
 
     while_loading(monkeypatch, read_some, look)
-    Decoder(opened, replace(untuned(), repack=True)).close()
+    LlamaDecoder(opened, replace(untuned(), repack=True)).close()
     assert had[0] > 0.9 * path.stat().st_size
     assert min(had) > 0
     assert left.count(0) > 1
     assert left[-1] == 0
     had.clear()
-    Decoder(opened, replace(untuned(), mmap=False)).close()
+    LlamaDecoder(opened, replace(untuned(), mmap=False)).close()
     assert not had  # it was never mapped
 
 
@@ -405,8 +405,8 @@ def test_loading_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            Decoder(opened, untuned())
+            LlamaDecoder(opened, untuned())
     finally:
         signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
-    Decoder(opened, untuned()).close()
+    LlamaDecoder(opened, untuned()).close()

@@ -18,7 +18,7 @@ from edge_vlm import InputError, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.cli.tools.plan import DECODER, DEVICES, KV_TYPES, VISION
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.jina_vlm.cost import VisionSizes
 from edge_vlm.families.jina_vlm.paper import efficiency_table
 from edge_vlm.families.others import OTHER_MODELS, OtherModel, Usage
@@ -60,13 +60,13 @@ def test_kv_and_compute_bytes_are_llama_cpps(
     engines = dataclasses.replace(
         untuned(), threads=1, prefill_threads=1, batch_size=batch, flash_attention="off"
     )
-    decoder = Decoder(bundle, engines, kv_type=kv_type, logs=True)
+    decoder = LlamaDecoder(bundle, engines, kv_type=kv_type, logs=True)
     capsys.readouterr()
     with decoder.context(positions) as context:
         context.settle()
         size = context.capacity
     decoder.close()
-    Decoder(bundle, engines, kv_type=kv_type, logs=False).close()
+    LlamaDecoder(bundle, engines, kv_type=kv_type, logs=False).close()
     log = capsys.readouterr().err
     allocated = float(re.findall(r"KV buffer size =\s*([\d.]+) MiB", log)[0])
     compute = float(re.findall(r"compute buffer size =\s*([\d.]+) MiB", log)[-1])

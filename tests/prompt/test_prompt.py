@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from edge_vlm.bundle.manifest import Bundle, Manifest
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import BundleError, PromptError
 from edge_vlm.prompt.builder import ImageSpan, PromptBuilder, Span, TokenSpan
 from edge_vlm.prompt.messages import ImagePart, Message, Text
@@ -29,7 +29,7 @@ CHATML = (
 class Prompts:
     """A golden model's prompts, with its own template and with one that places special tokens."""
 
-    def __init__(self, manifest: Manifest, decoder: Decoder) -> None:
+    def __init__(self, manifest: Manifest, decoder: LlamaDecoder) -> None:
         self.manifest = manifest
         self.decoder = decoder
         self.own = PromptBuilder(manifest, decoder.chat_template, decoder.tokenize)
@@ -54,7 +54,7 @@ class Prompts:
 @pytest.fixture(scope="module")
 def prompts(bundle: Callable[..., Path]) -> Iterator[Prompts]:
     opened = Bundle.open(bundle(MODEL))
-    decoder = Decoder(opened)
+    decoder = LlamaDecoder(opened)
     yield Prompts(opened.manifest, decoder)
     decoder.close()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.decoder.decoder import Decoder
+from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import untuned
 from edge_vlm.pictures.image import load_image
@@ -35,7 +35,7 @@ class PromptMaker:
         self._processor = limit_tiles(bundle.manifest.image_processor, MAX_TILES)
         self._tower = VisionTower(bundle, replace(untuned(), vision_threads=threads))
         self._markers = self._tower.marker_embeddings
-        self._decoder = Decoder(bundle, in_turns=True)  # the vocabulary alone is loaded
+        self._decoder = LlamaDecoder(bundle, in_turns=True)  # the vocabulary alone is loaded
         template = self._decoder.chat_template
         self._builder = PromptBuilder(bundle.manifest, template, self._decoder.tokenize)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_vlm.decoder.kv_state import PrefixCache
 from edge_vlm.machine.store import Store
+from edge_vlm.prompt.builder import PrefixCache
 from tests.fake_engine import FakeContext, FakeDecoder
 from tests.toy.sizes import HIDDEN
 
