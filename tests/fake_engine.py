@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm import Cancelled, CancelToken, DecoderError, EdgeVLM, MachineSettings
+from edge_vlm.families.base import Family
+from edge_vlm.families.jina_vlm.family import FAMILY
 from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.planning.cost import context_size
 from tests.toy import tower
@@ -28,9 +30,10 @@ from tests.toy.bundle import write_toy_bundle
 from tests.toy.sizes import DECODER, END, FIRST_WORD, HIDDEN, N_IDS, N_MARKERS, PROCESSOR, WORDS
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 TEMPLATE = Path(__file__).parent / "golden" / "tiny-126-tied" / "checkpoint" / "chat_template.jinja"
-_CELL = 8  # bytes of what a position holds
+_CELL = 8  # bytes of what a cell holds; with M-RoPE, three positions follow
 _MAGIC = b"toy cell"
 
 
@@ -65,16 +68,17 @@ class Journal:
 class Appended:
     """One call of ``append_tokens`` (``ids``) or ``append_embeddings`` (``rows``)."""
 
-    start: int  # the first position
+    start: int  # the first cell
     ids: tuple[int, ...] = ()
     rows: Float32 | None = None
     logits: bool = False
+    positions: Int32 | None = None  # (n, 3) with M-RoPE
 
 
 class FakeContext:
-    """One sequence; a position is eight bytes of what was put there.
+    """One sequence; a cell is eight bytes of what was put there, with M-RoPE and its positions.
 
-    ``appended`` lists what was. There is room for as many positions as were reserved and no more.
+    ``appended`` lists what was. There is room for as many cells as were reserved and no more.
     """
 
     def __init__(self, decoder: FakeDecoder, n_positions: int) -> None:
@@ -87,8 +91,14 @@ class FakeContext:
 
     @property
     def n_positions(self) -> int:
-        """Positions in use."""
+        """Cells in use."""
         return len(self._cells)
+
+    @property
+    def next_position(self) -> int:
+        """Behind all there are."""
+        positions = self._positions()
+        return int(positions.max()) + 1 if positions.size else self.n_positions
 
     @property
     def kv_bytes(self) -> int:
@@ -101,8 +111,11 @@ class FakeContext:
         self._capacity = max(self._capacity, context_size(n_positions))
 
     def truncate(self, n_positions: int) -> None:
-        """Forget the rest."""
+        """Forget the rest, and with it a picture that it begins in the middle of."""
         self._use("truncate")
+        if self._decoder.has_mrope and n_positions < len(self._cells):
+            temporal = self._positions()[:, 0]
+            n_positions = int(np.searchsorted(temporal, temporal[n_positions]))
         del self._cells[n_positions:]
 
     def settle(self) -> None:
@@ -113,16 +126,31 @@ class FakeContext:
         """One cell an id."""
         self._use("append_tokens")
         assert all(0 <= token < N_IDS for token in ids)
-        self.appended.append(Appended(self.n_positions, tuple(ids), logits=logits))
-        self._append([int(token).to_bytes(_CELL, "little") for token in ids], logits, **how)
+        cells = [int(token).to_bytes(_CELL, "little") for token in ids]
+        at = self._places(len(cells))
+        self.appended.append(Appended(self.n_positions, tuple(ids), None, logits, at))
+        self._append(cells, at, logits, **how)
 
-    def append_embeddings(self, rows: Float32, *, logits: bool = False, **how: Any) -> None:
+    def append_embeddings(
+        self,
+        rows: Float32,
+        *,
+        positions: Int32 | None = None,
+        logits: bool = False,
+        **how: Any,
+    ) -> None:
         """One cell a row, by its content."""
         self._use("append_embeddings")
         assert rows.shape[1:] == (HIDDEN,)
         assert rows.dtype == np.float32
-        self.appended.append(Appended(self.n_positions, rows=rows.copy(), logits=logits))
-        self._append([_digest(row.tobytes()) for row in rows], logits, **how)
+        at, n_before = self._places(len(rows), positions), self.n_positions
+        self.appended.append(Appended(n_before, (), rows.copy(), logits, at))
+        try:
+            self._append([_digest(row.tobytes()) for row in rows], at, logits, **how)
+        except BaseException:
+            if positions is not None:  # a picture is there as a whole or not at all
+                del self._cells[n_before:]
+            raise
 
     def logits(self) -> Float32:
         """A copy."""
@@ -141,14 +169,15 @@ class FakeContext:
     @property
     def state_bytes(self) -> int:
         """Its size."""
-        return len(_MAGIC) + _CELL * self.n_positions
+        return len(_MAGIC) + self._decoder.cell_bytes * self.n_positions
 
     def set_state(self, state: UInt8) -> bool:
         """Unless it is not a state, or too long."""
         self._use("set_state")
         data = state.tobytes()
-        cells = [data[i : i + _CELL] for i in range(len(_MAGIC), len(data), _CELL)]
-        fits = data.startswith(_MAGIC) and len(data) % _CELL == 0 and len(cells) <= self._capacity
+        size, n_bytes = self._decoder.cell_bytes, len(data) - len(_MAGIC)
+        cells = [data[i : i + size] for i in range(len(_MAGIC), len(data), size)]
+        fits = data.startswith(_MAGIC) and n_bytes % size == 0 and len(cells) <= self._capacity
         self._cells = cells if fits else []
         return fits
 
@@ -158,7 +187,7 @@ class FakeContext:
 
     def ids(self, start: int) -> list[int]:
         """Of the tokens from a position on."""
-        return [int.from_bytes(cell, "little") for cell in self._cells[start:]]
+        return [int.from_bytes(cell[:_CELL], "little") for cell in self._cells[start:]]
 
     @property
     def scores(self) -> Float32:
@@ -166,9 +195,28 @@ class FakeContext:
         assert self._logits is not None, "nobody asked for the logits of the last position"
         return self._logits
 
+    def _positions(self) -> Int32:
+        """(n, 3), without M-RoPE (n, 0): of all cells."""
+        data = b"".join(cell[_CELL:] for cell in self._cells)
+        return np.frombuffer(data, np.int32).reshape(len(self._cells), -1 if data else 0)
+
+    def _places(self, n: int, positions: Int32 | None = None) -> Int32 | None:
+        """(n, 3): positions of new cells; none without M-RoPE."""
+        if not self._decoder.has_mrope:
+            assert positions is None, "three positions for a decoder that takes one"
+            return None
+        if positions is None:
+            positions = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
+        assert positions.shape == (n, 3)
+        assert positions.dtype == np.int32
+        assert positions.min() >= 0
+        assert (np.diff(positions[:, 0]) >= 0).all()
+        return positions + np.int32(self.next_position)
+
     def _append(
         self,
         cells: list[bytes],
+        at: Int32 | None,
         logits: bool,
         *,
         cancel: CancelToken | None = None,
@@ -177,6 +225,8 @@ class FakeContext:
         decoder = self._decoder
         decoder.is_loaded = True
         self._logits = None
+        if at is not None:
+            cells = [cell + place.tobytes() for cell, place in zip(cells, at, strict=True)]
         for start in range(0, len(cells), decoder.batch_size):
             if cancel:
                 cancel.check()
@@ -230,16 +280,24 @@ class FakeDecoder:
 
     Args:
         journal: shared with the tower.
-        batch_size: positions at once.
+        batch_size: cells at once.
         kv_type: element type that the KV cache is said to have.
+        has_mrope: whether a cell has three positions.
     """
 
     def __init__(
-        self, journal: Journal | None = None, *, batch_size: int = 32, kv_type: str = "f16"
+        self,
+        journal: Journal | None = None,
+        *,
+        batch_size: int = 32,
+        kv_type: str = "f16",
+        has_mrope: bool = False,
     ) -> None:
         self.journal = journal or Journal()
         self.batch_size = batch_size
         self.kv_type = kv_type
+        self.has_mrope = has_mrope
+        self.cell_bytes = _CELL + 12 * has_mrope
         self.contexts: list[FakeContext] = []
         self.sampled: list[dict[str, Any]] = []  # options of the samplers
         self.is_loaded = False
@@ -258,7 +316,7 @@ class FakeDecoder:
     @property
     def identity(self) -> dict[str, Any]:
         """All that matters."""
-        return {"decoder": "fake", "kv_type": self.kv_type}
+        return {"decoder": "fake-mrope" if self.has_mrope else "fake", "kv_type": self.kv_type}
 
     @property
     def n_ids(self) -> int:
@@ -399,11 +457,12 @@ class FakeEngine:
 
     Args:
         folder: where the bundle is written.
+        family: of the bundle.
         decoder: options of ``FakeDecoder``.
     """
 
-    def __init__(self, folder: Path, **decoder: Any) -> None:
-        self.bundle = write_toy_bundle(folder)
+    def __init__(self, folder: Path, family: Family = FAMILY, **decoder: Any) -> None:
+        self.bundle = write_toy_bundle(folder, family)
         self.journal = Journal()
         self.decoder = FakeDecoder(self.journal, **decoder)
         self.vision = FakeTower(self.journal, self.decoder.release)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import unicodedata
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from edge_vlm import Cancelled, CancelToken, Progress
 from tests.answering.test_turns import picture, replayed, spelled, words
 from tests.fake_engine import FakeEngine
+from tests.toy import mrope
 
 PICTURES = [picture(1), picture(2, 20, 20), picture(3, 30, 90)]
 questions = st.sampled_from(
@@ -34,10 +36,14 @@ class AnyOrder(RuleBasedStateMachine):
     @initialize(on_disk=st.booleans(), memory=st.sampled_from([0, 1 << 20]))
     def load(self, on_disk: bool, memory: int) -> None:
         root = Path(self.folder.name)
-        self.fake = FakeEngine(root / "bundle")
+        self.fake = self.engine(root)
         cache = root / "cache" if on_disk else None
         self.model = self.fake.load(cache=cache, tile_memory=memory)
         self.chat = self.model.chat(max_tokens=6)
+
+    def engine(self, root: Path) -> FakeEngine:
+        """What answers."""
+        return FakeEngine(root / "bundle")
 
     @rule(question=questions, shown=pictures, answer=answers)
     def ask(self, question: str, shown: list[int], answer: Any) -> None:
@@ -115,8 +121,24 @@ class AnyOrder(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
+class AnyOrderMRope(AnyOrder):
+    """The same where a picture has fewer positions than rows."""
+
+    def engine(self, root: Path) -> FakeEngine:
+        """Of a family that is installed until the end."""
+        self.package = ExitStack()
+        self.package.enter_context(mrope.installed(root / "package"))
+        return FakeEngine(root / "bundle", mrope.FAMILY, has_mrope=True)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "package"):
+            self.package.close()
+
+
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(
+TestAnyOrderMRope = AnyOrderMRope.TestCase
+TestAnyOrder.settings = TestAnyOrderMRope.settings = settings(
     max_examples=25,
     stateful_step_count=20,
     deadline=None,

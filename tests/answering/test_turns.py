@@ -55,13 +55,14 @@ def rows_of(seen: Picture) -> npt.NDArray[np.float32]:
 def replayed(fake: FakeEngine, chat: Chat, answer: Answer) -> tuple[int, ...]:
     """The last answer's ids, from the same input with nothing cached."""
     state = chat.conversation.state
-    context = FakeContext(type(fake.decoder)(), 4096)
+    context = FakeContext(type(fake.decoder)(has_mrope=fake.decoder.has_mrope), 4096)
     ids = state.ids[: answer.prompt_tokens]
     for start in range(len(ids)):
         if ids[start] >= 0:
             context.append_tokens([ids[start]], logits=True)
         elif start == 0 or ids[start - 1] != ids[start]:
-            context.append_embeddings(rows_of(state.pictures[-1 - ids[start]]))
+            seen = state.pictures[-1 - ids[start]]
+            context.append_embeddings(rows_of(seen), positions=seen.positions, logits=True)
     found: list[int] = []
     while len(found) < len(answer.token_ids):
         found.append(int(context.scores[:VOCAB_SIZE].argmax()))

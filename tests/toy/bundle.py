@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import (
     DECODER_NAME,
@@ -18,17 +19,20 @@ from edge_vlm.bundle.manifest import (
 from edge_vlm.families.jina_vlm.family import FAMILY
 from tests.toy import sizes
 
+if TYPE_CHECKING:
+    from edge_vlm.families.base import Family
+
 VISION_FILE = Path(__file__).parent / "vision.onnx"
 DECODER_BYTES = b"a toy model's decoder is written in Python, see tests/fake_engine.py\n" * 64
 
 
-def toy_manifest(files: dict[str, bytes]) -> Manifest:
+def toy_manifest(files: dict[str, bytes], family: Family = FAMILY) -> Manifest:
     """For the files' contents."""
-    return manifest_type(FAMILY)(
+    return manifest_type(family)(
         format_version=FORMAT_VERSION,
-        family=FAMILY.name,
+        family=family.name,
         model=ModelIdentity(name="toy", license="Apache-2.0", source="tests/toy"),
-        image_processor=sizes.PROCESSOR,
+        image_processor=family.processor(**sizes.PROCESSOR.model_dump()),
         vision=sizes.VISION,
         decoder=sizes.DECODER,
         tokens=sizes.TOKENS,
@@ -41,11 +45,11 @@ def toy_manifest(files: dict[str, bytes]) -> Manifest:
     )
 
 
-def write_toy_bundle(folder: Path) -> Path:
+def write_toy_bundle(folder: Path, family: Family = FAMILY) -> Path:
     """A new bundle in ``folder``, which is returned."""
     files = {VISION_NAME: VISION_FILE.read_bytes(), DECODER_NAME: DECODER_BYTES}
     folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    (folder / MANIFEST_NAME).write_text(toy_manifest(files).to_json(), encoding="utf-8")
+    (folder / MANIFEST_NAME).write_text(toy_manifest(files, family).to_json(), encoding="utf-8")
     return folder
