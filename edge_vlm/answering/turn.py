@@ -159,11 +159,7 @@ class Turn:
                 self._keep(prompt)
                 raise
             self._cache.resident = prompt.identity
-            pieces = (
-                self._pick(context, choices, lead)
-                if choices
-                else self._generate(context, constraint, lead, max_tokens)
-            )
+            pieces = self._reply(context, choices, constraint, lead, max_tokens)
             reply = yield from _after_first(pieces, lambda: self._keep(prompt))
         self._cache.resident = (*prompt.identity, *reply.ids)[: context.n_positions]
         is_free = constraint is None and not choices
@@ -316,34 +312,32 @@ class Turn:
             digests = [picture.digest for picture in prompt.pictures]
             prefixes.keep(prompt.context, prompt.ids[:end], digests)
 
-    def _generate(
-        self, context: Context, constraint: Constraint | None, lead: str, max_tokens: int
+    def _reply(
+        self,
+        context: Context,
+        choices: Mapping[str, Sequence[int]],
+        constraint: Constraint | None,
+        lead: str,
+        max_tokens: int,
     ) -> Generator[str, None, Reply]:
+        manifest = self._engine.manifest
+        shared: dict[str, Any] = {
+            "lead": lead,
+            "clock": self._clock,
+            "progress": self._progress,
+            "cancel": self._cancel,
+        }
+        if choices:
+            return pick(manifest, context, choices, **shared)
         return generate(
             self._engine.decoder,
             context,
             self._options,
-            stop=self._engine.manifest.tokens.stop,
+            stop=manifest.tokens.stop,
             max_tokens=max_tokens,
             constraint=constraint,
-            lead=lead,
-            clock=self._clock,
-            progress=self._progress,
-            cancel=self._cancel,
             keep_partial=self._keep_partial,
-        )
-
-    def _pick(
-        self, context: Context, choices: Mapping[str, Sequence[int]], lead: str
-    ) -> Generator[str, None, Reply]:
-        return pick(
-            self._engine.manifest,
-            context,
-            choices,
-            lead=lead,
-            clock=self._clock,
-            progress=self._progress,
-            cancel=self._cancel,
+            **shared,
         )
 
     def _answer(self, prompt: _Prompt, reply: Reply, said: str) -> Answer:
@@ -389,20 +383,15 @@ def _after_first(
 
     Copying a KV cache takes a moment, which nobody has to wait for in front of an answer.
     """
-    is_first = True
     with contextlib.closing(pieces):
         try:
-            while True:
-                yield next(pieces)
-                if is_first:
-                    is_first = False
-                    then()
+            yield next(pieces)
         except StopIteration as end:
-            if is_first:
-                then()
+            then()
             reply: Reply = end.value
             return reply
         except (Cancelled, GeneratorExit):
-            if is_first:
-                then()
+            then()
             raise
+        then()
+        return (yield from pieces)

@@ -222,7 +222,7 @@ class Context:
         """Free the KV cache."""
         self._closed = True
         self._drop()
-        self._parked = None
+        self._at, self._next, self._parked = [], 0, None
         self._on_close()
 
     @property
@@ -386,6 +386,7 @@ class Context:
         result = api.llama_decode(self._open(), batch)
         if result == 0:
             return
+        api.llama_memory_seq_rm(self._memory(), 0, self._next, -1)  # what it may have left
         if result == _ABORTED and cancel and cancel.is_set:
             raise Cancelled("stopped while the decoder was working")
         raise DecoderError(f"llama.cpp failed with code {result}{process.because()}")

@@ -167,17 +167,17 @@ def context(model: Bundle) -> Iterator[Context]:
 
 
 class Picture:
-    """Random rows that stand in a grid."""
+    """Random rows that stand in a grid, the last one of which may be shorter."""
 
-    def __init__(self, height: int, width: int, seed: int = 0) -> None:
-        shape = height * width, SIZES.hidden_size
+    def __init__(self, height: int, width: int, seed: int = 0, n_missing: int = 0) -> None:
+        shape = height * width - n_missing, SIZES.hidden_size
         self.rows = np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
-        grid = np.indices((1, height, width)).reshape(3, -1).T
+        grid = np.indices((1, height, width)).reshape(3, -1).T[: len(self.rows)]
         self.positions = np.ascontiguousarray(grid, np.int32)
         self.taken = max(height, width)
 
 
-WIDE, TALL = Picture(4, 9), Picture(11, 2, seed=1)
+WIDE, TALL, RAGGED = Picture(4, 9), Picture(11, 2, seed=1), Picture(4, 9, seed=2, n_missing=5)
 
 
 class Prompt:
@@ -217,11 +217,16 @@ def agrees(context: Context, prompt: Prompt) -> bool:
     return bool(np.abs(context.logits() - expected).max() < 1e-3 * np.ptp(expected))
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [(WORDS,), (WORDS, WIDE, LAST), (WORDS, TALL, MORE, WIDE, LAST), (WORDS, WIDE, TALL, LAST)],
-    ids=["text", "picture", "pictures", "side by side"],
-)
+PROMPTS: dict[str, list[list[int] | Picture]] = {
+    "text": [WORDS],
+    "picture": [WORDS, WIDE, LAST],
+    "pictures": [WORDS, TALL, MORE, WIDE, LAST],
+    "side by side": [WORDS, WIDE, TALL, LAST],
+    "ragged": [WORDS, RAGGED, LAST],
+}
+
+
+@pytest.mark.parametrize("parts", PROMPTS.values(), ids=PROMPTS)
 def test_scores_are_those_of_the_positions(context: Context, parts: Any) -> None:
     prompt = Prompt(*parts)
     prompt.put(context)
