@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from edge_vlm.progress import CancelToken
+from edge_vlm.cli.display import Display
+from edge_vlm.progress import CancelToken, OnProgress, Progress
 
-Emit = Callable[[str, Any], None]
+Work = Callable[[CancelToken, OnProgress], Iterator[Any]]
+_END = object()
 _PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # on Windows, a wait without end would hold back Ctrl-C
 
@@ -44,47 +46,51 @@ def stopping(cancel: CancelToken) -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
-def run_interruptibly(
-    work: Callable[[CancelToken, Emit], None], cancel: CancelToken | None = None
-) -> Iterator[tuple[str, Any]]:
-    """Run ``work(cancel, emit)`` in a thread and yield what it emits.
+def run_interruptibly(work: Work, cancel: CancelToken | None = None) -> Iterator[Any]:
+    """Iterate over ``work(cancel, progress)`` in a thread; show its progress, yield the rest.
 
     Ctrl-C, or closing the generator, sets ``cancel`` and gives the work a second to end; if it
     cannot (a model is being loaded), or at a second Ctrl-C, the process ends at once. What the work
     raises is raised here.
     """
-    events: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     cancel = cancel or CancelToken()
     failure: list[BaseException] = []
 
     def run() -> None:
         try:
-            work(cancel, lambda kind, event: events.put((kind, event)))
+            for event in work(cancel, events.put):
+                events.put(event)
         except BaseException as error:  # carried to the main thread
             failure.append(error)
         finally:
-            events.put(None)
+            events.put(_END)
 
     thread = threading.Thread(target=run, name="edge-vlm work", daemon=True)
     thread.start()
+    display = Display()
     try:
-        while (event := _next(events)) is not None:
-            yield event
+        while (event := _next(events)) is not _END:
+            if isinstance(event, Progress):
+                display.show_stage(event)
+            else:
+                display.hide()
+                yield event
     except BaseException:
         cancel.set()
         _stop(thread)
         raise
+    finally:
+        display.hide()
     thread.join()
     if failure:
         raise failure[0]
 
 
-def _next(events: queue.SimpleQueue[tuple[str, Any] | None]) -> tuple[str, Any] | None:
+def _next(events: queue.SimpleQueue[Any]) -> Any:
     while True:
-        try:
+        with contextlib.suppress(queue.Empty):
             return events.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            continue
 
 
 def _stop(thread: threading.Thread) -> None:

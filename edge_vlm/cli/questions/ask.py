@@ -22,8 +22,11 @@ from edge_vlm.cli.options import (
 from edge_vlm.cli.session import session
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from edge_vlm.answering.answer import Answer
     from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.progress import CancelToken, OnProgress
 
 
 @click.command("ask")
@@ -73,8 +76,7 @@ def command(
     from edge_vlm.answering.answer import AskOptions
     from edge_vlm.cli.choose import pick_model
 
-    settings = machine_settings(options)
-    wanted = {name: value for name, value in options.items() if value is not None}
+    settings, wanted = machine_settings(options)
     if "schema" in wanted:
         from edge_vlm.forms.structure import MAX_SCHEMA_BYTES
         from edge_vlm.prompt.transcript import read_json
@@ -83,8 +85,7 @@ def command(
     if "choices" in wanted:
         wanted["choices"] = [choice.strip() for choice in wanted["choices"].split(",")]
     AskOptions(**wanted)  # says what is wrong before a model is loaded
-    request |= wanted
-    answer = _run(pick_model(model), settings, request, echo=not as_json)
+    answer = _run(pick_model(model), settings, request | wanted, echo=not as_json)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
     elif not sys.stdout.closed:
@@ -126,40 +127,25 @@ def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
 def _run(
     model: str | None, settings: MachineSettings, request: dict[str, Any], *, echo: bool
 ) -> Answer:
-    from edge_vlm.cli.display import Display
     from edge_vlm.cli.interrupt import run_interruptibly
 
-    with Display() as display:
-        for kind, event in run_interruptibly(
-            lambda cancel, emit: _work(model, settings, request, cancel, emit)
+    def work(cancel: CancelToken, progress: OnProgress) -> Iterator[str | Answer]:
+        from edge_vlm.answering.model import EdgeVLM
+
+        with (
+            EdgeVLM.load(model, settings=settings, progress=progress) as vlm,
+            vlm.stream(**request, progress=progress, cancel=cancel) as stream,
         ):
-            if kind == "progress":
-                display.show(event)
-            elif kind == "text":
-                display.hide()
-                if echo:
-                    click.echo(event, nl=False)
-                    sys.stdout.flush()
-            else:
-                answer: Answer = event
+            yield from stream
+            yield stream.answer
+
+    for event in run_interruptibly(work):
+        if not isinstance(event, str):
+            answer: Answer = event
+        elif echo:
+            click.echo(event, nl=False)
+            sys.stdout.flush()
     return answer
-
-
-def _work(
-    model: str | None, settings: MachineSettings, request: dict[str, Any], cancel: Any, emit: Any
-) -> None:
-    from edge_vlm.answering.model import EdgeVLM
-
-    def progress(event: Any) -> None:
-        emit("progress", event)
-
-    with (
-        EdgeVLM.load(model, settings=settings, progress=progress) as vlm,
-        vlm.stream(**request, progress=progress, cancel=cancel) as stream,
-    ):
-        for piece in stream:
-            emit("text", piece)
-        emit("answer", stream.answer)
 
 
 def _report(answer: Answer) -> None:
@@ -176,21 +162,12 @@ def _report(answer: Answer) -> None:
     times = answer.timings
     click.echo(
         f"prompt {answer.prompt_tokens} tokens ({answer.image_tokens} of images),"
-        f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})",
-        err=True,
-    )
-    click.echo(
+        f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})\n"
         f"cache: {answer.restored_tokens} tokens of the prompt,"
-        f" {answer.cached_crops} of {answer.cached_crops + answer.encoded_crops} crops needed",
-        err=True,
-    )
-    click.echo(
+        f" {answer.cached_crops} of {answer.cached_crops + answer.encoded_crops} crops needed\n"
         f"load {times.load:.2f} s, vision {times.vision:.2f} s,"
         f" prefill {times.prefill:.2f} s ({times.prefill_tokens_per_second:.0f} tokens/s),"
-        f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s)",
-        err=True,
-    )
-    click.echo(
+        f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s)\n"
         f"KV cache {answer.kv_bytes / 1e6:.1f} MB,"
         f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
         err=True,

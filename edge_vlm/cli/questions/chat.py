@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,13 @@ from edge_vlm.cli.session import session
 from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from edge_vlm.answering.answer import Answer
-    from edge_vlm.answering.model import Chat, EdgeVLM
+    from edge_vlm.answering.model import Chat, EdgeVLM, Stream
     from edge_vlm.cli.questions.line_input import LineInput
     from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.progress import CancelToken, OnProgress
 
 HELP = """\
 /image PATH   add a picture to the next question
@@ -83,18 +86,14 @@ def command(
     from edge_vlm.cli.questions.line_input import LineInput
     from edge_vlm.machine.folders import state_folder
 
-    settings = machine_settings(options)
-    wanted = {name: value for name, value in options.items() if value is not None}
+    settings, wanted = machine_settings(options)
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     for image in images:
         _check_picture(image, settings)
-    model = pick_model(model)
-    vlm = _load(model, settings)
+    vlm = _load(pick_model(model), settings)
     history = None if no_history else state_folder() / "chat_history"
     with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
-        talk = _Session(
-            chat, lines, settings, list(images), as_json, session().verbose, drop_oldest
-        )
+        talk = _Session(chat, lines, settings, list(images), as_json, drop_oldest)
         if load:
             talk.load(load)
         code = talk.run()
@@ -102,58 +101,37 @@ def command(
         raise SystemExit(code)
 
 
+@dataclass
 class _Session:
-    """One run of the command."""
+    """One run of the command; methods with the name of one of ``COMMANDS`` do what it says."""
 
-    def __init__(
-        self,
-        chat: Chat,
-        lines: LineInput,
-        settings: MachineSettings,
-        waiting: list[Any],
-        as_json: bool,
-        verbose: bool,
-        drop_oldest: bool,
-    ) -> None:
-        self._chat = chat
-        self._lines = lines
-        self._settings = settings
-        self._waiting = waiting  # pictures for the next question
-        self._as_json = as_json
-        self._verbose = verbose
-        self._drop_oldest = drop_oldest
-        self._failed: str | None = None  # the last question, if it was not answered
-        self._last: Answer | None = None
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/image": self._image,
-            "/images": lambda _: self._images(),
-            "/undo": lambda _: self._undo(),
-            "/retry": lambda _: self._retry(),
-            "/save": self._save,
-            "/load": self.load,
-            "/stats": lambda _: self._stats(),
-            "/reset": lambda _: self._reset(),
-            "/help": lambda _: _say(HELP),
-        }
+    chat: Chat
+    lines: LineInput
+    settings: MachineSettings
+    waiting: list[Any]  # pictures for the next question
+    as_json: bool
+    drop_oldest: bool
+    failed: str | None = None  # the last question, if it was not answered
+    last: Answer | None = None
 
     def run(self) -> int:
         """Read and answer until the end; the exit code of the last error if nobody saw it."""
-        if self._lines.is_terminal:
+        if self.lines.is_terminal:
             _say("Ask about the pictures; /help lists the commands, Ctrl-D leaves.")
         code = 0
         interrupted = False
         while True:
             try:
-                line = self._lines.read()
+                line = self.lines.read()
             except KeyboardInterrupt:
-                if interrupted or not self._lines.is_terminal:
+                if interrupted or not self.lines.is_terminal:
                     raise
                 interrupted = True
                 _say("\nCtrl-C again, Ctrl-D or /quit leaves.")
                 continue
             interrupted = False
             if line is None or line.split()[:1] == ["/quit"]:
-                return 0 if self._lines.is_terminal else code
+                return 0 if self.lines.is_terminal else code
             try:
                 self._obey(line.strip())
             except Cancelled:
@@ -169,19 +147,22 @@ class _Session:
             self._ask(line.removeprefix("/") if line.startswith("//") else line)
             return
         name, _, rest = line.partition(" ")
-        if name not in self._commands:
+        if name not in COMMANDS:
             raise InputError(f"{name[:40]}: no such command; /help lists them")
-        self._commands[name](rest.strip())
+        getattr(self, name.removeprefix("/"))(rest.strip())
+
+    def help(self, _: str) -> None:
+        _say(HELP)
 
     def _ask(self, question: str) -> None:
-        self._failed = question
+        self.failed = question
         try:
-            self._turn(lambda **how: self._chat.stream(self._waiting, question, **how))
+            self._turn(lambda **how: self.chat.stream(self.waiting, question, **how))
         except BudgetError as error:
             self._make_room(question, error)
-            self._turn(lambda **how: self._chat.stream(self._waiting, question, **how))
-        self._failed = None
-        self._waiting = []
+            self._turn(lambda **how: self.chat.stream(self.waiting, question, **how))
+        self.failed = None
+        self.waiting = []
 
     def _make_room(self, question: str, full: BudgetError) -> None:
         """Drop the oldest questions if that is wanted and helps.
@@ -189,58 +170,51 @@ class _Session:
         Raises:
             BudgetError: not so.
         """
-        n = self._chat.n_to_drop(self._waiting, question)
+        n = self.chat.n_to_drop(self.waiting, question)
         if not n:
             raise full
         what = "the oldest question and its answer" if n == 1 else f"the {n} oldest questions"
         _say(f"The context is full: {full}.")
-        if not self._drop_oldest and not self._lines.confirm(f"Forget {what}? The pictures stay."):
+        if not self.drop_oldest and not self.lines.confirm(f"Forget {what}? The pictures stay."):
             raise BudgetError(f"the context is full; --drop-oldest forgets {what}") from full
-        self._waiting = [*self._chat.drop_oldest(n), *self._waiting]
+        self.waiting = [*self.chat.drop_oldest(n), *self.waiting]
         _say(f"forgot {what}")
 
-    def _retry(self) -> None:
-        if self._failed is not None:
-            self._ask(self._failed)
+    def retry(self, _: str) -> None:
+        if self.failed is not None:
+            self._ask(self.failed)
         else:
-            self._turn(self._chat.retry)
+            self._turn(self.chat.retry)
 
-    def _turn(self, begin: Callable[..., Any]) -> None:
-        from edge_vlm.cli.display import Display
+    def _turn(self, begin: Callable[..., Stream]) -> None:
         from edge_vlm.cli.interrupt import run_interruptibly, stopping
         from edge_vlm.progress import CancelToken
 
         cancel = CancelToken()
 
-        def work(_: CancelToken, emit: Callable[[str, Any], None]) -> None:
-            with begin(
-                progress=lambda event: emit("progress", event), cancel=cancel, keep_partial=True
-            ) as stream:
-                for piece in stream:
-                    emit("text", piece)
-                emit("answer", stream.answer)
+        def work(_: CancelToken, progress: OnProgress) -> Iterator[str | Answer]:
+            with begin(progress=progress, cancel=cancel, keep_partial=True) as stream:
+                yield from stream
+                yield stream.answer
 
         wrote = False
-        with Display() as display, stopping(cancel):
+        with stopping(cancel):
             try:
-                for kind, event in run_interruptibly(work, cancel):
-                    if kind == "progress":
-                        display.show(event)
-                    elif kind == "answer":
-                        self._last = event
-                    elif not self._as_json:
-                        display.hide()
+                for event in run_interruptibly(work, cancel):
+                    if not isinstance(event, str):
+                        self.last = event
+                    elif not self.as_json:
                         click.echo(event, nl=False)
                         sys.stdout.flush()
                         wrote = True
             finally:
                 if wrote:
                     click.echo()
-        if self._last:
-            self._report(self._last, wrote)
+        if self.last:
+            self._report(self.last, wrote)
 
     def _report(self, answer: Answer, wrote: bool) -> None:
-        if self._as_json:
+        if self.as_json:
             click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
         elif not wrote:
             click.echo()  # an empty answer is a line too
@@ -248,54 +222,54 @@ class _Session:
             _say("stopped; /retry answers again, /undo takes the question back")
         elif answer.finish_reason == "length":
             _say("the answer was cut: --max-tokens, or the context is full")
-        if self._verbose:
-            self._stats()
+        if session().verbose:
+            self.stats()
 
     def _report_error(self, error: EdgeVLMError) -> None:
         message = " ".join(str(error).split())
-        if self._as_json:
+        if self.as_json:
             click.echo(json.dumps({"error": message}, ensure_ascii=False))
         click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
 
-    def _image(self, name: str) -> None:
+    def image(self, name: str) -> None:
         if not name:
             raise InputError("/image: which? /image PATH")
         if name[0] == name[-1] and name[0] in "'\"" and len(name) > 1:
             name = name[1:-1]
         path = str(Path(name).expanduser()) if name.startswith("~") else name
-        width, height = _check_picture(path, self._settings)
-        self._waiting.append(path)
+        width, height = _check_picture(path, self.settings)
+        self.waiting.append(path)
         _say(f"{path} ({width}x{height}) goes with the next question")
 
-    def _images(self) -> None:
+    def images(self, _: str) -> None:
         from edge_vlm.prompt.messages import images_of
 
-        told = [f"{_name(source)}" for source in images_of(self._chat.messages)]
-        told += [f"{_name(source)} (with the next question)" for source in self._waiting]
+        told = [f"{_name(source)}" for source in images_of(self.chat.messages)]
+        told += [f"{_name(source)} (with the next question)" for source in self.waiting]
         _say("\n".join(f"{i}. {line}" for i, line in enumerate(told, 1)) or "no pictures")
 
-    def _undo(self) -> None:
+    def undo(self, _: str) -> None:
         from edge_vlm.prompt.messages import images_of
 
-        taken = self._chat.undo()
+        taken = self.chat.undo()
         if not taken:
             raise InputError("/undo: there is no question to take back")
         pictures = images_of(taken)
-        self._waiting = [*pictures, *self._waiting]
-        self._failed = None
+        self.waiting = [*pictures, *self.waiting]
+        self.failed = None
         question = next(message.text for message in taken if message.role == "user")
         kept = "; its pictures go with the next question" if pictures else ""
         _say(f"took back: {question[:100]}{kept}")
 
-    def _save(self, name: str) -> None:
+    def save(self, name: str) -> None:
         from edge_vlm.prompt.transcript import write_transcript
 
         if not name:
             raise InputError("/save: where? /save FILE")
-        if not self._chat.messages:
+        if not self.chat.messages:
             raise InputError("/save: nothing was said yet")
-        write_transcript(Path(name).expanduser(), self._chat.messages)
-        _say(f"saved {len(self._chat.messages)} messages to {name}")
+        write_transcript(Path(name).expanduser(), self.chat.messages)
+        _say(f"saved {len(self.chat.messages)} messages to {name}")
 
     def load(self, name: str) -> None:
         """Go on with the conversation in a file."""
@@ -306,20 +280,19 @@ class _Session:
         data = read_json(str(Path(name).expanduser()), MAX_BYTES)
         messages = data.get("messages") if isinstance(data, dict) else data
         while isinstance(messages, list) and messages and _role(messages[-1]) == "user":
-            *messages, dropped = messages
+            messages = messages[:-1]
             _say(f"{name}: its last question has no answer and was left out")
-            del dropped
-        self._chat.restart(messages or ())
-        self._failed, self._last = None, None
-        _say(f"loaded {len(self._chat.messages)} messages from {name}")
+        self.chat.restart(messages or ())
+        self.failed = self.last = None
+        _say(f"loaded {len(self.chat.messages)} messages from {name}")
 
-    def _reset(self) -> None:
-        self._chat.restart()
-        self._waiting, self._failed, self._last = [], None, None
+    def reset(self, _: str) -> None:
+        self.chat.restart()
+        self.waiting, self.failed, self.last = [], None, None
         _say("forgot everything")
 
-    def _stats(self) -> None:
-        answer = self._last
+    def stats(self, _: str = "") -> None:
+        answer = self.last
         if answer is None:
             _say("nothing was answered yet")
             return
@@ -328,7 +301,7 @@ class _Session:
         n_new = answer.prompt_tokens - answer.cached_tokens
         _say(
             f"context: {used} tokens, {answer.image_tokens} of {len(answer.images)} pictures;"
-            f" KV cache {answer.kv_bytes / 1e6:.1f} of {self._settings.kv_budget / 1e6:g} MB\n"
+            f" KV cache {answer.kv_bytes / 1e6:.1f} of {self.settings.kv_budget / 1e6:g} MB\n"
             f"last answer: {n_new} tokens prefilled, {answer.cached_tokens} were cached;"
             f" {len(answer.token_ids)} generated ({answer.finish_reason})\n"
             f"vision {times.vision:.2f} s, prefill {times.prefill:.2f} s,"
@@ -338,24 +311,16 @@ class _Session:
 
 
 def _load(model: str | None, settings: MachineSettings) -> EdgeVLM:
-    from edge_vlm.cli.display import Display
     from edge_vlm.cli.interrupt import run_interruptibly
 
-    def work(_: Any, emit: Callable[[str, Any], None]) -> None:
+    def work(_: CancelToken, progress: OnProgress) -> Iterator[EdgeVLM]:
         from edge_vlm.answering.model import EdgeVLM
 
-        emit(
-            "model",
-            EdgeVLM.load(model, settings=settings, progress=lambda p: emit("progress", p)),
-        )
+        yield EdgeVLM.load(model, settings=settings, progress=progress)
 
-    with Display() as display:
-        for kind, event in run_interruptibly(work):
-            if kind == "progress":
-                display.show(event)
-            else:
-                vlm: EdgeVLM = event
-    return vlm
+    [vlm] = run_interruptibly(work)
+    loaded: EdgeVLM = vlm
+    return loaded
 
 
 def _check_picture(source: str, settings: MachineSettings) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -21,8 +23,11 @@ from edge_vlm.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.pictures.frames import Source
+    from edge_vlm.progress import CancelToken, OnProgress
 
 
 @click.command("watch")
@@ -105,8 +110,8 @@ def command(
     from edge_vlm.cli.choose import pick_model
     from edge_vlm.pictures.frames import Camera, Command, Folder
 
-    settings = dataclasses.replace(machine_settings(options), cache=None)
-    wanted = {name: value for name, value in options.items() if value is not None}
+    settings, wanted = machine_settings(options)
+    settings = dataclasses.replace(settings, cache=None)
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     source: Source
     if folder is not None:
@@ -127,43 +132,20 @@ def _run(
     count: int | None,
     wanted: dict[str, Any],
 ) -> None:
-    from edge_vlm.cli.display import Display
     from edge_vlm.cli.interrupt import run_interruptibly
 
-    with Display() as display:
-        for kind, event in run_interruptibly(
-            lambda cancel, emit: _work(
-                model, settings, source, question, count, wanted, cancel, emit
-            )
+    def work(cancel: CancelToken, progress: OnProgress) -> Iterator[dict[str, Any]]:
+        from edge_vlm.answering.model import EdgeVLM
+        from edge_vlm.answering.watch import watch
+
+        with (
+            EdgeVLM.load(model, settings=settings, progress=progress) as vlm,
+            contextlib.closing(
+                watch(vlm, source, question, cancel=cancel, progress=progress, **wanted)
+            ) as lines,
         ):
-            if kind == "progress":
-                display.show(event)
-            else:
-                display.hide()
-                click.echo(json.dumps(event, ensure_ascii=False))
-                sys.stdout.flush()
+            yield from itertools.islice(lines, count)
 
-
-def _work(
-    model: str | None,
-    settings: MachineSettings,
-    source: Source,
-    question: str,
-    count: int | None,
-    wanted: dict[str, Any],
-    cancel: Any,
-    emit: Any,
-) -> None:
-    from edge_vlm.answering.model import EdgeVLM
-    from edge_vlm.answering.watch import watch
-
-    def progress(event: Any) -> None:
-        emit("progress", event)
-
-    with EdgeVLM.load(model, settings=settings, progress=progress) as vlm:
-        lines = watch(vlm, source, question, cancel=cancel, progress=progress, **wanted)
-        for number, line in enumerate(lines, 1):
-            emit("line", line)
-            if number == count:
-                lines.close()
-                break
+    for line in run_interruptibly(work):
+        click.echo(json.dumps(line, ensure_ascii=False))
+        sys.stdout.flush()

@@ -6,21 +6,19 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import (
+    Parsed,
     engine_options,
     json_option,
     max_tiles_option,
     model_option,
     verbose_option,
 )
-
-if TYPE_CHECKING:
-    from edge_vlm.machine.settings import MachineSettings
 
 DEFAULT_SIZES = ((640, 480), (2728, 2046))
 _SIZE = re.compile(r"(\d{1,5})[xX](\d{1,5})")
@@ -42,21 +40,11 @@ _ROWS = (  # name, label, unit, divisor
 )
 
 
-class PictureSize(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
-    """WxH in pixels."""
-
-    name = "WxH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        """Parse text; a pair passes."""
-        if isinstance(value, tuple):
-            return value
-        match = _SIZE.fullmatch(value)
-        if not match or not int(match[1]) or not int(match[2]):
-            self.fail(f"{value!r} is not a size such as 2728x2046", param, ctx)
-        return int(match[1]), int(match[2])
+def _picture_size(text: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise ValueError(f"{text!r} is not a size such as 2728x2046")
+    return int(match[1]), int(match[2])
 
 
 @click.command("bench")
@@ -73,7 +61,7 @@ class PictureSize(click.ParamType):  # type: ignore[type-arg]  # generic only in
 @click.option(
     "--size",
     "sizes",
-    type=PictureSize(),
+    type=Parsed("WxH", _picture_size),
     multiple=True,
     help="Size of the picture; may be repeated (default 640x480 and 2728x2046).",
 )
@@ -123,27 +111,28 @@ def command(
     edge-vlm bench --synthetic jina-vlm --recipe laptop --baseline
     """
     from edge_vlm.bundle.find import find_bundle
+    from edge_vlm.cli.display import Steps
     from edge_vlm.machine.settings import MachineSettings
-    from edge_vlm.measure.bench import baseline_variant, bench, own_variant
+    from edge_vlm.measure.bench import OWN, Variant, baseline_variant, bench
 
     if recipe and not synthetic:
         raise click.UsageError("--recipe goes with --synthetic")
     if baseline_model and not baseline:
         raise click.UsageError("--baseline-model goes with --baseline")
-    settings: MachineSettings = MachineSettings.from_environment(**engines)
+    settings = MachineSettings.from_environment(**engines)
     own = _synthetic(synthetic, recipe or "laptop") if synthetic else find_bundle(model)
-    variants = [own_variant(own, settings)]
+    variants = [Variant(OWN, own, settings)]
     if baseline:
         other = find_bundle(baseline_model) if baseline_model else own
         variants.append(baseline_variant(other, settings))
-    with _Runs() as shown:
+    with Steps() as steps:
         report = bench(
             variants,
             sizes or DEFAULT_SIZES,
             runs=runs,
             tokens=tokens,
             max_tiles=max_tiles,
-            progress=shown.show,
+            progress=lambda done, total: steps.show("measuring", done, total),
         )
     if as_json:
         report["command"] = ["edge-vlm", *sys.argv[1:]]
@@ -161,25 +150,6 @@ def _synthetic(config: str, recipe: str) -> Path:
         return found
 
 
-class _Runs:
-    """A bar of runs."""
-
-    def __init__(self) -> None:
-        from edge_vlm.cli.display import Steps
-
-        self._steps = Steps()
-
-    def __enter__(self) -> _Runs:
-        self._steps.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._steps.__exit__(*exc_info)
-
-    def show(self, done: int, total: int) -> None:
-        self._steps.show("measuring", done, total)
-
-
 def _show(report: dict[str, Any]) -> None:
     from edge_vlm.cli.table import format_table
 
@@ -190,21 +160,17 @@ def _show(report: dict[str, Any]) -> None:
         precision = result["precision"]
         click.echo(f"{name}: vision {precision['vision']}, decoder {precision['decoder']}")
         click.echo(f"  {settings}")
-    sizes = [entry["size"] for entry in next(iter(results.values()))["sizes"]]
-    for index, (width, height) in enumerate(sizes):
-        click.echo()
-        header = [f"{width}x{height}", *results]
-        ratios = report.get("ratios")
-        if ratios:
-            header.append("ratio")
+    ratios = report.get("ratios", [])
+    for index, summaries in enumerate(zip(*(r["sizes"] for r in results.values()), strict=True)):
+        width, height = summaries[0]["size"]
+        header = [f"{width}x{height}", *results, *["ratio" for _ in ratios[:1]]]
         rows = []
         for name, label, unit, divisor in _ROWS:
             row = [f"{label}{', ' + unit if unit else ''}"]
-            row += [_cell(result["sizes"][index], name, divisor) for result in results.values()]
-            if ratios:
-                row.append(f"{ratios[index][name]:.2f}" if name in ratios[index] else "")
-            rows.append(tuple(row))
-        click.echo(format_table(tuple(header), rows))
+            row += [_cell(summary, name, divisor) for summary in summaries]
+            row += [f"{r[name]:.2f}" if name in r else "" for r in ratios[index : index + 1]]
+            rows.append(row)
+        click.echo(f"\n{format_table(header, rows)}")
 
 
 def _cell(summary: dict[str, Any], name: str, divisor: float) -> str:
