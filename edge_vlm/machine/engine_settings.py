@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from edge_vlm.errors import InputError
-from edge_vlm.machine.hardware import default_threads
+from edge_vlm.machine.hardware import default_threads, usable_cores
 from edge_vlm.machine.memory import can_forget
 
 # Rows from which on it pays to lay the KV cache out for flash attention and back.
@@ -129,7 +128,7 @@ def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
 
 def engine_defaults() -> EngineSettings:
     """What llama.cpp and onnxruntime do when they are told nothing, with all cores."""
-    threads = logical_cores()
+    threads = usable_cores()
     return EngineSettings(
         threads=threads,
         prefill_threads=threads,
@@ -142,10 +141,3 @@ def engine_defaults() -> EngineSettings:
         spinning=True,
         tiles_per_call=1,
     )
-
-
-def logical_cores() -> int:
-    """Logical ones, of which a physical core may have two."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -56,7 +56,7 @@ def this_machine() -> Machine:
         features=features,
         physical_cores=psutil.cpu_count(logical=False),
         logical_cores=psutil.cpu_count(),
-        usable_cores=_usable_cores(),
+        usable_cores=usable_cores(),
         cpu_limit=cpu_limit(),
         memory=int(memory.total),
         memory_available=int(memory.available),
@@ -68,7 +68,7 @@ def default_threads(root: Path = CGROUP) -> int:
     """Physical cores this process may use, or as many as a container's limit allows."""
     import psutil
 
-    usable, limit = _usable_cores(), cpu_limit(root)
+    usable, limit = usable_cores(), cpu_limit(root)
     physical: int | None = psutil.cpu_count(logical=False)
     allowed = math.ceil(limit) if limit else usable
     return max(1, min(usable, physical or usable, allowed))
@@ -113,7 +113,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Logical cores, of which a physical one may have two, that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

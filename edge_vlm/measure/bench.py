@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import engine_defaults
+from edge_vlm.machine.hardware import this_machine
+from edge_vlm.measure.doctor import installed_packages
 from edge_vlm.measure.worker import Worker
 from edge_vlm.planning.tuning import engines_for, load_tuning
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from edge_vlm.machine.settings import MachineSettings
 
 OWN, BASELINE = "edge-vlm", "engines' defaults"
-LARGER_IS_BETTER = ("prefill_tokens_per_second", "decode_tokens_per_second")
 COMPARED = (
     "load_seconds",
     "vision_seconds_per_tile",
@@ -37,16 +38,11 @@ Progress = Callable[[int, int], None]  # runs done, runs in total
 
 @dataclass(frozen=True)
 class Variant:
-    """A bundle with settings."""
+    """A bundle with settings; under the name ``OWN`` as ``EdgeVLM.load`` runs it, perhaps tuned."""
 
     name: str
     model: Path
     settings: MachineSettings
-
-
-def own_variant(model: Path, settings: MachineSettings) -> Variant:
-    """A bundle as ``EdgeVLM.load`` would run it: tuned, if it was."""
-    return Variant(OWN, model, settings)
 
 
 def baseline_variant(model: Path, settings: MachineSettings) -> Variant:
@@ -84,21 +80,15 @@ def bench(
     for variant in variants:
         verify(Bundle.open(variant.model))  # hashed once, outside of what is measured
     found: dict[str, list[list[dict[str, Any]]]] = {v.name: [[] for _ in sizes] for v in variants}
-    total, done = len(sizes) * runs * len(variants), 0
-    for index, size in enumerate(sizes):
-        for _ in range(runs):
-            for variant in variants:
-                if progress:
-                    progress(done, total)
-                found[variant.name][index].append(_run(variant, size, tokens, max_tiles))
-                done += 1
-    if progress:
-        progress(done, total)
+    report_done = progress or (lambda _done, _total: None)
+    rounds = list(product(range(len(sizes)), range(runs), variants))
+    for done, (index, _, variant) in enumerate(rounds):
+        report_done(done, len(rounds))
+        found[variant.name][index].append(_run(variant, sizes[index], tokens, max_tiles))
+    report_done(len(rounds), len(rounds))
     results: dict[str, dict[str, Any]] = {
         variant.name: {
-            "model": variant.model.name,
-            "precision": _precision(variant.model),
-            "settings": _plain(variant),
+            **_description(variant),
             "sizes": [
                 {"size": size, **_summary(records)}
                 for size, records in zip(sizes, found[variant.name], strict=True)
@@ -144,51 +134,42 @@ def _ratios(own: Any, other: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _precision(model: Path) -> dict[str, str]:
-    manifest = Bundle.open(model).manifest
-    return {"vision": manifest.vision.precision, "decoder": manifest.decoder.precision}
-
-
-def _plain(variant: Variant) -> dict[str, Any]:
+def _description(variant: Variant) -> dict[str, Any]:
     manifest = Bundle.open(variant.model).manifest
     tuning = load_tuning(manifest)
-    engines = engines_for(manifest, variant.settings, tuning)
     return {
-        **asdict(engines),
-        "kv_type": variant.settings.kv_type,
-        "residency": variant.settings.residency,
-        "tuned": tuning is not None and variant.name == OWN,
+        "model": variant.model.name,
+        "precision": {
+            "vision": manifest.vision.precision,
+            "decoder": manifest.decoder.precision,
+        },
+        "settings": {
+            **asdict(engines_for(manifest, variant.settings, tuning)),
+            "kv_type": variant.settings.kv_type,
+            "residency": variant.settings.residency,
+            "tuned": tuning is not None and variant.name == OWN,
+        },
     }
 
 
 def circumstances() -> dict[str, Any]:
     """Of a measurement: machine, versions and date."""
-    return {"machine": machine(), "versions": versions(), "date": now()}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    from edge_vlm.machine.hardware import this_machine
-
     here = this_machine()
-    return {
+    machine = {
         "system": platform.system(),
         "processor": here.processor,
         "architecture": here.architecture,
         "cores": here.usable_cores,
         "memory": here.memory,
     }
+    return {"machine": machine, "versions": versions(), "date": now()}
 
 
 def versions() -> dict[str, str]:
-    """Of what was measured."""
-    found = {"python": platform.python_version()}
-    for name in ("edge-vlm", "llama-cpp-python", "onnxruntime", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # builds for accelerators have other names
-            found[name] = "unknown"
-    return found
+    """Of what was measured; builds of engines for accelerators have other names: "unknown"."""
+    names = ("edge-vlm", "llama-cpp-python", "onnxruntime", "numpy")
+    found = dict.fromkeys(names, "unknown") | installed_packages(names)
+    return {"python": platform.python_version(), **found}
 
 
 def now() -> str:

@@ -6,10 +6,11 @@ tested with what other machines report.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -18,37 +19,26 @@ from edge_vlm.machine.hardware import Machine, default_threads, this_machine
 from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm.machine.providers import GPU_INSTALL, PROVIDERS, candidates
 
-# The processor's name for an instruction set, and llama.cpp's for kernels that use it.
-INSTRUCTIONS = {
-    "avx": "AVX",
-    "avx2": "AVX2",
-    "fma": "FMA",
-    "f16c": "F16C",
-    "bmi2": "BMI2",
-    "avx512f": "AVX512",
-    "avx512vbmi": "AVX512_VBMI",
-    "avx512_vnni": "AVX512_VNNI",
-    "avx512_bf16": "AVX512_BF16",
-    "avx_vnni": "AVX_VNNI",
-    "amx_int8": "AMX_INT8",
-    "asimd": "NEON",
-    "asimddp": "DOTPROD",
-    "i8mm": "MATMUL_INT8",
-    "asimdhp": "FP16_VA",
-    "sve": "SVE",
-}
-# Those without which quantized matrix products are much slower, and by how much.
-MATTER = {
-    "AVX": "several times slower",
-    "AVX2": "several times slower",
-    "FMA": "slower",
-    "F16C": "slower",
-    "AVX512": "slower prefill",
-    "AVX512_VNNI": "slower prefill",
-    "AVX_VNNI": "slower prefill",
-    "DOTPROD": "prefill at about half its speed",
-    "MATMUL_INT8": "prefill at about half its speed",
-}
+# The processor's name for an instruction set, llama.cpp's for kernels that use it, and what becomes
+# of quantized matrix products without them.
+INSTRUCTIONS = (
+    ("avx", "AVX", "several times slower"),
+    ("avx2", "AVX2", "several times slower"),
+    ("fma", "FMA", "slower"),
+    ("f16c", "F16C", "slower"),
+    ("bmi2", "BMI2", ""),
+    ("avx512f", "AVX512", "slower prefill"),
+    ("avx512vbmi", "AVX512_VBMI", ""),
+    ("avx512_vnni", "AVX512_VNNI", "slower prefill"),
+    ("avx512_bf16", "AVX512_BF16", ""),
+    ("avx_vnni", "AVX_VNNI", "slower prefill"),
+    ("amx_int8", "AMX_INT8", ""),
+    ("asimd", "NEON", ""),
+    ("asimddp", "DOTPROD", "prefill at about half its speed"),
+    ("i8mm", "MATMUL_INT8", "prefill at about half its speed"),
+    ("asimdhp", "FP16_VA", ""),
+    ("sve", "SVE", ""),
+)
 PACKAGES = ("edge-vlm", "llama-cpp-python", "numpy", "pillow", "psutil")
 ONNXRUNTIMES = (
     "onnxruntime",
@@ -108,12 +98,12 @@ def examine() -> Report:
         build = parse_system_info(text)
     except Exception as error:  # see above
         errors.append(f"llama.cpp does not load: {_one_line(error)}")
-    advice = [
+    advice = (
         *build_advice(machine, build, packages.get("llama-cpp-python"), sys.platform),
         *package_advice(packages),
         *gpu_advice(machine, bool(shutil.which("nvidia-smi")), providers, offload),
         *limit_advice(machine),
-    ]
+    )
     return Report(
         machine=machine,
         threads=default_threads(),
@@ -123,7 +113,7 @@ def examine() -> Report:
         llama_build=build,
         gpu_offload=offload,
         errors=tuple(errors),
-        advice=tuple(advice),
+        advice=advice,
     )
 
 
@@ -151,8 +141,8 @@ def missing_instructions(features: Iterable[str], build: SystemInfo) -> list[str
     present = set(features)
     return [
         name
-        for feature, name in INSTRUCTIONS.items()
-        if feature in present and name in MATTER and name not in used
+        for feature, name, effect in INSTRUCTIONS
+        if feature in present and effect and name not in used
     ]
 
 
@@ -171,123 +161,95 @@ def rebuild_command(version: str | None, platform: str) -> str:
 
 def build_advice(
     machine: Machine, build: SystemInfo, version: str | None, platform: str
-) -> list[Advice]:
+) -> Iterator[Advice]:
     """About how llama.cpp was built."""
     if "CPU" not in build:
-        return []
+        return
     command = rebuild_command(version, platform)
-    missing = missing_instructions(machine.features, build)
-    advice = []
-    if missing:
-        effects = dict.fromkeys(MATTER[name] for name in missing)
-        advice.append(
-            Advice(
-                f"llama.cpp was built without {', '.join(missing)}, which this processor has",
-                ", ".join(effects),
-                command,
-            )
+    if missing := missing_instructions(machine.features, build):
+        effects = dict.fromkeys(effect for _, name, effect in INSTRUCTIONS if name in missing)
+        yield Advice(
+            f"llama.cpp was built without {', '.join(missing)}, which this processor has",
+            ", ".join(effects),
+            command,
         )
-    repacks = {"REPACK", "AARCH64_REPACK"} & set(build["CPU"])
-    if machine.family == "arm" and not repacks:
-        advice.append(
-            Advice(
-                "llama.cpp was built without repacked kernels",
-                "prefill at a half to a third of its speed on ARM",
-                command,
-            )
+    if machine.family == "arm" and not {"REPACK", "AARCH64_REPACK"} & set(build["CPU"]):
+        yield Advice(
+            "llama.cpp was built without repacked kernels",
+            "prefill at a half to a third of its speed on ARM",
+            command,
         )
-    return advice
 
 
-def package_advice(packages: Mapping[str, str]) -> list[Advice]:
+def package_advice(packages: Mapping[str, str]) -> Iterator[Advice]:
     """About packages that get in each other's way."""
     several = [name for name in ONNXRUNTIMES if name in packages]
-    if len(several) < 2:
-        return []
-    return [
-        Advice(
+    if len(several) > 1:
+        yield Advice(
             f"{' and '.join(several)} are both installed and overwrite each other's files",
             "providers may be missing",
             f"pip uninstall -y {' '.join(several)} && pip install {several[-1]}",
         )
-    ]
 
 
 def gpu_advice(
     machine: Machine, has_nvidia: bool, providers: Iterable[str], offload: bool
-) -> list[Advice]:
+) -> Iterator[Advice]:
     """About a GPU that is there and not used."""
-    advice = []
+    on_cpu = "the decoder runs on the CPU"
     if has_nvidia and not offload:
-        effect = "the decoder runs on the CPU"
-        advice.append(Advice("llama.cpp was built without CUDA", effect, GPU_INSTALL))
+        yield Advice("llama.cpp was built without CUDA", on_cpu, GPU_INSTALL)
     if has_nvidia and PROVIDERS["cuda"].id not in providers:
-        advice.append(
-            Advice(
-                "onnxruntime has no CUDA provider",
-                "the vision tower runs on the CPU",
-                "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
-            )
+        yield Advice(
+            "onnxruntime has no CUDA provider",
+            "the vision tower runs on the CPU",
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu",
         )
     apple = machine.processor.startswith("Apple")
     if apple and machine.family == "arm" and not offload:
         metal = GPU_INSTALL.split(" (")[0].replace("GGML_CUDA", "GGML_METAL")
-        effect = "the decoder runs on the CPU"
-        advice.append(Advice("llama.cpp was built without Metal", effect, metal))
+        yield Advice("llama.cpp was built without Metal", on_cpu, metal)
     if apple and machine.family == "x86":
-        advice.append(
-            Advice(
-                "this Python is built for Intel and runs translated on Apple silicon",
-                "everything is several times slower",
-                "install an arm64 Python and edge-vlm in it",
-            )
+        yield Advice(
+            "this Python is built for Intel and runs translated on Apple silicon",
+            "everything is several times slower",
+            "install an arm64 Python and edge-vlm in it",
         )
-    return advice
 
 
-def limit_advice(machine: Machine) -> list[Advice]:
+def limit_advice(machine: Machine) -> Iterator[Advice]:
     """About limits a container or a 32-bit system sets."""
-    advice = []
     if machine.architecture in ("armv7l", "armv6l", "i386", "i686"):
-        advice.append(
-            Advice(
-                f"the system is 32-bit ({machine.architecture})",
-                "no ready-made engines, and at most 3 GB for a process",
-                "install a 64-bit system",
-            )
+        yield Advice(
+            f"the system is 32-bit ({machine.architecture})",
+            "no ready-made engines, and at most 3 GB for a process",
+            "install a 64-bit system",
         )
     if machine.memory_limit and machine.memory_limit < machine.memory:
-        advice.append(
-            Advice(
-                f"a container limit allows {machine.memory_limit / 1e9:.1f} of"
-                f" {machine.memory / 1e9:.1f} GB of memory",
-                "larger models are killed; 'edge-vlm plan' says what a request needs",
-            )
+        yield Advice(
+            f"a container limit allows {machine.memory_limit / 1e9:.1f} of"
+            f" {machine.memory / 1e9:.1f} GB of memory",
+            "larger models are killed; 'edge-vlm plan' says what a request needs",
         )
     if machine.cpu_limit and machine.cpu_limit < (machine.physical_cores or machine.usable_cores):
-        advice.append(
-            Advice(
-                f"a container limit allows {machine.cpu_limit:g} of {machine.usable_cores} cores",
-                "as many threads are used as that",
-            )
+        yield Advice(
+            f"a container limit allows {machine.cpu_limit:g} of {machine.usable_cores} cores",
+            "as many threads are used as that",
         )
-    return advice
 
 
-def installed_packages() -> dict[str, str]:
-    """Versions of the packages that matter, by name; those that are missing are left out."""
+def installed_packages(names: Sequence[str] = (*PACKAGES, *ONNXRUNTIMES)) -> dict[str, str]:
+    """Versions of packages, by name; those that are missing are left out."""
     found = {}
-    for name in (*PACKAGES, *ONNXRUNTIMES):
-        try:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def instruction_sets(machine: Machine) -> list[str]:
     """Names of the machine's instruction sets that the engines can use."""
-    return [name for feature, name in INSTRUCTIONS.items() if feature in machine.features]
+    return [name for feature, name, _ in INSTRUCTIONS if feature in machine.features]
 
 
 def _one_line(error: BaseException) -> str:

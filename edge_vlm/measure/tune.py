@@ -16,8 +16,8 @@ from typing import Any
 
 from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle, Manifest
-from edge_vlm.machine.engine_settings import EngineSettings, logical_cores
-from edge_vlm.machine.hardware import default_threads
+from edge_vlm.machine.engine_settings import EngineSettings
+from edge_vlm.machine.hardware import default_threads, usable_cores
 from edge_vlm.machine.memory import can_forget
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.measure.bench import now, versions
@@ -82,7 +82,7 @@ class _Search:
         self._kv_type = settings.kv_type
         self._fixed = settings.fixed_engine_settings()
         self._best = engines_for(bundle.manifest, settings)
-        self._progress = progress
+        self._progress = progress or (lambda _done, _total: None)
         self._stack = stack
         self._workers: dict[bool, Worker] = {}  # by spinning, which a process cannot change
         self._prompt = min(PROMPT, self._manifest.decoder.max_sequence_length - 2 * ANSWER)
@@ -94,8 +94,7 @@ class _Search:
         for name, stage, candidates in steps:
             measure = getattr(self, f"_{stage}")
             for value in candidates:
-                if self._progress:
-                    self._progress(done, total)
+                self._progress(done, total)
                 done += 1
                 candidate = replace(self._best, **{name: value})
                 if value == getattr(self._best, name):
@@ -109,11 +108,9 @@ class _Search:
                 elif name in ("threads", "prefill_threads", "vision_threads", "tiles_per_call"):
                     done += len(candidates) - candidates.index(value) - 1
                     break  # what follows lies further in the same direction
-        if self._progress:
-            self._progress(total - 1, total)
+        self._progress(total - 1, total)
         speeds = self._speeds()
-        if self._progress:
-            self._progress(total, total)
+        self._progress(total, total)
         return Tuning(self._best, speeds, versions(), now())
 
     def _worker(self, engines: EngineSettings) -> Worker:
@@ -181,7 +178,7 @@ def _steps(
     start: EngineSettings, manifest: Manifest, fixed: set[str]
 ) -> Iterator[tuple[str, str, Sequence[Any]]]:
     """Name of a setting, what to measure, and values to try, the likeliest to be better first."""
-    physical, logical = default_threads(), logical_cores()
+    physical, logical = default_threads(), usable_cores()
     fewer = [n for n in dict.fromkeys((physical - 1, physical // 2)) if n > 0]
     steps: list[tuple[str, str, Sequence[Any]]] = [
         ("repack", "request", (not start.repack,)),

@@ -158,14 +158,14 @@ def test_missing_repacked_kernels_are_noticed_on_arm_alone() -> None:
     (advice,) = build_advice(machine(PI_5), without, None, "linux")
     assert "repacked" in advice.problem
     plain = parse_system_info(RTX_5090.replace("REPACK = 1 | ", ""))
-    assert build_advice(machine(HASWELL), plain, None, "linux") == []
-    assert build_advice(machine(PI_5), {}, None, "linux") == []
+    assert not list(build_advice(machine(HASWELL), plain, None, "linux"))
+    assert not list(build_advice(machine(PI_5), {}, None, "linux"))
 
 
 def test_gpus_that_are_not_used() -> None:
-    none = gpu_advice(machine(HASWELL), True, ["CUDAExecutionProvider"], True)
+    none = list(gpu_advice(machine(HASWELL), True, ["CUDAExecutionProvider"], True))
     assert none == []
-    both = gpu_advice(machine(HASWELL), True, ["CPUExecutionProvider"], False)
+    both = list(gpu_advice(machine(HASWELL), True, ["CPUExecutionProvider"], False))
     assert [bool(one.command) for one in both] == [True, True]
     assert "GGML_CUDA" in (both[0].command or "")
     assert "onnxruntime-gpu" in (both[1].command or "")
@@ -174,21 +174,21 @@ def test_gpus_that_are_not_used() -> None:
     assert "GGML_CUDA" not in (metal.command or "")
     (rosetta,) = gpu_advice(machine(HASWELL, processor="Apple M2"), False, [], False)
     assert "translated" in rosetta.problem
-    assert gpu_advice(machine(HASWELL), False, [], False) == []
+    assert not list(gpu_advice(machine(HASWELL), False, [], False))
 
 
 def test_limits_are_noticed() -> None:
-    assert limit_advice(machine()) == []
+    assert not list(limit_advice(machine()))
     limited = machine(cpu_limit=1.5, memory_limit=2 << 30)
     assert [one.problem.split()[:3] for one in limit_advice(limited)] == [
         ["a", "container", "limit"],
         ["a", "container", "limit"],
     ]
-    assert "32-bit" in limit_advice(machine(architecture="armv7l"))[0].problem
+    assert "32-bit" in next(limit_advice(machine(architecture="armv7l"))).problem
 
 
 def test_two_onnxruntimes_at_once_are_noticed() -> None:
-    assert package_advice({"onnxruntime": "1.23"}) == []
+    assert not list(package_advice({"onnxruntime": "1.23"}))
     (advice,) = package_advice({"onnxruntime": "1.23", "onnxruntime-gpu": "1.23"})
     assert "overwrite" in advice.problem
     assert advice.command is not None
