@@ -62,7 +62,7 @@ def check_budget(
     if needed <= allowed:
         return
     per_token = decoder.kv_bytes_per_token(KV_TYPES[kv_type])
-    rounded = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
+    rounded = context_size(needed)
     limit = (
         f"the KV-cache budget of {kv_budget / 1e6:g} MB holds {allowed}"
         if rounded <= decoder.max_sequence_length

@@ -59,20 +59,13 @@ def within_memory(
             return together, engines
         return replace(settings, residency="in-turns"), engines
 
-    least: RequestPlan | None = None
+    tried_memory = []
     for candidate, tried in _candidates(settings, engines, model.processor):
         plan = _plan(model, candidate, tried, processor_family)
         if plan.memory.peak <= settings.ram:
-            fitted = replace(
-                candidate,
-                kv_budget=min(
-                    candidate.kv_budget,
-                    plan.memory.kv_cache
-                    + plan.memory.prompt_kv_cache
-                    + settings.ram
-                    - plan.memory.peak,
-                ),
-            )
+            spare = settings.ram - plan.memory.peak
+            caches = plan.memory.kv_cache + plan.memory.prompt_kv_cache
+            fitted = replace(candidate, kv_budget=min(candidate.kv_budget, caches + spare))
             _log.warning(
                 "%.0f MB: %s, KV cache %s, batches of %d, %s; about %.0f MB at the peak",
                 settings.ram / 1e6,
@@ -83,11 +76,8 @@ def within_memory(
                 plan.memory.peak / 1e6,
             )
             return fitted, tried
-        if least is None or plan.memory.peak < least.memory.peak:
-            least = plan
-    if least is None:
-        raise BudgetError("no settings to choose from")
-    raise _too_little(settings.ram, least.memory)
+        tried_memory.append(plan.memory)
+    raise _too_little(settings.ram, min(tried_memory, key=lambda memory: memory.peak))
 
 
 def _too_little(ram: int, memory: Memory) -> BudgetError:

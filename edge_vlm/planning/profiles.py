@@ -7,7 +7,7 @@ says which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edge_vlm.families.sizes import decoder_flops
@@ -38,9 +38,8 @@ class DeviceProfile:
 
     def speeds(self, model: ModelSizes, kv_type: str = "f16") -> Speeds:
         """Estimated speeds of a bundle."""
-        vision_rate = (
-            self.vision_int8_flops if "int8" in model.vision.precision else self.vision_flops
-        )
+        is_int8 = "int8" in model.vision.precision
+        vision_rate = self.vision_int8_flops if is_int8 else self.vision_flops
         per_tile = model.work.tower_flops + model.work.connector_flops
         n = _REFERENCE_TOKENS
         kv = n * model.decoder.kv_bytes_per_token(KV_TYPES[kv_type])
@@ -54,6 +53,7 @@ class DeviceProfile:
         )
 
 
+_PI_RATES = (126e9, 77e9, 126e9, 10.1e9, 90e6)  # from prefill to load
 _PI_SOURCES = (
     "prefill: llama.cpp PR #19356, a 0.7B model at 90 tokens/s with repacked kernels"
     " (2 x 0.7e9 x 90 = 126 GFLOP/s); needs a llama.cpp built with dot product",
@@ -62,70 +62,36 @@ _PI_SOURCES = (
     " of the four cores' peak of 154 GFLOP/s",
     "load: a microSD card of 90 MB/s; an SSD is four to eight times as fast",
 )
-
-_PI_5 = DeviceProfile(
-    name="raspberry-pi-5-8gb",
-    title="Raspberry Pi 5, 8 GB, four Cortex-A76 cores",
-    memory=8 << 30,
-    processor_family="arm",
-    prefill_flops=126e9,
-    vision_flops=77e9,
-    vision_int8_flops=126e9,
-    decode_bytes=10.1e9,
-    load_bytes=90e6,
-    sources=_PI_SOURCES,
+_PI = "Raspberry Pi 5, {} GB, four Cortex-A76 cores"
+_ORIN_RATES = (2.5e12, 2.7e12, 2.7e12, 45e9, 1e9)
+_ORIN = "Jetson Orin Nano 8 GB Super, everything on its GPU"
+_ORIN_SOURCES = (
+    "prefill: genie-ai-runtime 1.1.0, Gemma 4 E2B (about 2e9 active weights) q4_k_m"
+    " at 620 tokens/s",
+    "decode: hokwangchoi/jetson-orin-nano-benchmarks, a Qwen3-VL-2B q4_k_m in"
+    " llama.cpp at 26 ms a token (about 1.2 GB read a token)",
+    "vision: the same page, a first image in 0.5 to 3 s in llama.cpp, about 2.7 TFLOP"
+    " for its picture; the middle of that range, 1 s",
+    "load: an NVMe drive of 1 GB/s",
+)
+_LAPTOP_RATES = (210e9, 260e9, 410e9, 25e9, 2e9)
+_LAPTOP = "Laptop with four x86 cores, AVX2 and two memory channels"
+_LAPTOP_SOURCES = (
+    "prefill: pt13762104.github.io, Gemma 4 E2B (about 2e9 active weights) in"
+    " llama.cpp on six cores of an i7-10750H at 78 tokens/s, four sixths of it",
+    "decode: the same page, 19 tokens/s with about 1.3 GB read a token",
+    "vision: ik_llama.cpp PR #798, 1,656 patches of Qwen2.5-VL's tower (2.1 TFLOP) in"
+    " 2.04 s on 16 threads, a quarter of it; int8 1.6 times as fast with VNNI,"
+    " onnxruntime #6695",
+    "load: an SSD of 2 GB/s",
 )
 
 PROFILES = {
-    profile.name: profile
-    for profile in (
-        _PI_5,
-        replace(
-            _PI_5,
-            name="raspberry-pi-5-4gb",
-            title="Raspberry Pi 5, 4 GB, four Cortex-A76 cores",
-            memory=4 << 30,
-        ),
-        DeviceProfile(
-            name="jetson-orin-nano-8gb",
-            title="Jetson Orin Nano 8 GB Super, everything on its GPU",
-            memory=8 << 30,
-            processor_family="arm",
-            prefill_flops=2.5e12,
-            vision_flops=2.7e12,
-            vision_int8_flops=2.7e12,
-            decode_bytes=45e9,
-            load_bytes=1e9,
-            on_gpu=True,
-            sources=(
-                "prefill: genie-ai-runtime 1.1.0, Gemma 4 E2B (about 2e9 active weights) q4_k_m"
-                " at 620 tokens/s",
-                "decode: hokwangchoi/jetson-orin-nano-benchmarks, a Qwen3-VL-2B q4_k_m in"
-                " llama.cpp at 26 ms a token (about 1.2 GB read a token)",
-                "vision: the same page, a first image in 0.5 to 3 s in llama.cpp, about 2.7 TFLOP"
-                " for its picture; the middle of that range, 1 s",
-                "load: an NVMe drive of 1 GB/s",
-            ),
-        ),
-        DeviceProfile(
-            name="laptop-4core",
-            title="Laptop with four x86 cores, AVX2 and two memory channels",
-            memory=16 << 30,
-            processor_family="x86",
-            prefill_flops=210e9,
-            vision_flops=260e9,
-            vision_int8_flops=410e9,
-            decode_bytes=25e9,
-            load_bytes=2e9,
-            sources=(
-                "prefill: pt13762104.github.io, Gemma 4 E2B (about 2e9 active weights) in"
-                " llama.cpp on six cores of an i7-10750H at 78 tokens/s, four sixths of it",
-                "decode: the same page, 19 tokens/s with about 1.3 GB read a token",
-                "vision: ik_llama.cpp PR #798, 1,656 patches of Qwen2.5-VL's tower (2.1 TFLOP) in"
-                " 2.04 s on 16 threads, a quarter of it; int8 1.6 times as fast with VNNI,"
-                " onnxruntime #6695",
-                "load: an SSD of 2 GB/s",
-            ),
-        ),
+    name: DeviceProfile(name, title, gib << 30, family, *rates, sources, on_gpu)
+    for name, title, gib, family, rates, sources, on_gpu in (
+        ("raspberry-pi-5-8gb", _PI.format(8), 8, "arm", _PI_RATES, _PI_SOURCES, False),
+        ("raspberry-pi-5-4gb", _PI.format(4), 4, "arm", _PI_RATES, _PI_SOURCES, False),
+        ("jetson-orin-nano-8gb", _ORIN, 8, "arm", _ORIN_RATES, _ORIN_SOURCES, True),
+        ("laptop-4core", _LAPTOP, 16, "x86", _LAPTOP_RATES, _LAPTOP_SOURCES, False),
     )
 }

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel, ValidationError
+
+from edge_vlm.bundle.json_text import first_problem
 from edge_vlm.errors import InputError, label
+from edge_vlm.families.parts import Printable
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.folders import config_folder, write_file
 from edge_vlm.machine.hardware import fingerprint
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Manifest
     from edge_vlm.machine.settings import MachineSettings
 
-FORMAT_VERSION = 1
 MAX_BYTES = 1 << 16  # of a file
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,17 @@ class Tuning:
     speeds: Speeds
     measured_with: dict[str, str]  # versions of the engines
     date: str  # ISO 8601
+
+
+class _Stored(BaseModel):
+    """A tuning on disk."""
+
+    format_version: Literal[1]
+    model: str
+    settings: EngineSettings
+    speeds: Speeds
+    measured_with: dict[Printable, Printable]
+    date: Printable
 
 
 def tuning_file(manifest: Manifest) -> Path:
@@ -52,8 +65,8 @@ def store_tuning(manifest: Manifest, tuning: Tuning) -> Path:
     """
     path = tuning_file(manifest)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"format_version": FORMAT_VERSION, "model": manifest.model.name, **asdict(tuning)}
-    write_file(path, json.dumps(data, indent=2).encode())
+    stored = _Stored(format_version=1, model=manifest.model.name, **vars(tuning))
+    write_file(path, stored.model_dump_json(indent=2).encode())
     return path
 
 
@@ -69,10 +82,11 @@ def load_tuning(manifest: Manifest) -> Tuning | None:
         _ignored(path, error.strerror or str(error))
         return None
     try:
-        return _parse(json.loads(text))
-    except KeyError as error:
-        _ignored(path, f"{error} is missing")
-    except (ValueError, TypeError, RecursionError, InputError) as error:
+        stored = _Stored.model_validate_json(text, strict=True)
+        return Tuning(stored.settings, stored.speeds, stored.measured_with, stored.date)
+    except ValidationError as error:
+        _ignored(path, first_problem(error))
+    except InputError as error:
         _ignored(path, str(error))
     return None
 
@@ -99,29 +113,6 @@ def tuning_line(tuning: Tuning) -> str:
     """One line for people."""
     words = ", ".join(f"{name} {value}" for name, value in setting_words(tuning.settings))
     return f"{tuning.date}: {words}"
-
-
-def _parse(data: Any) -> Tuning:
-    if not isinstance(data, dict):
-        raise TypeError("not an object")
-    if data["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version {data['format_version']!r} is not {FORMAT_VERSION}")
-    versions, date = data["measured_with"], data["date"]
-    texts = [date, *versions, *versions.values()] if isinstance(versions, dict) else [None]
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise TypeError("measured_with or date are not text")
-    return Tuning(
-        settings=EngineSettings(**_values(EngineSettings, data["settings"])),
-        speeds=Speeds(**_values(Speeds, data["speeds"])),
-        measured_with=versions,
-        date=date,
-    )
-
-
-def _values(kind: type, data: Any) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise TypeError("settings or speeds are not an object")
-    return {field.name: data[field.name] for field in fields(kind)}
 
 
 def _ignored(path: Path, why: str) -> None:
