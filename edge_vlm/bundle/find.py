@@ -8,24 +8,16 @@ import re
 from pathlib import Path
 
 from edge_vlm.errors import BundleError, label
-from edge_vlm.machine.folders import APP, WINDOWS_DEVICE, config_folder
+from edge_vlm.machine.folders import WINDOWS_DEVICE, config_folder, platform_folder
 
 EMBEDDED = "demo"
-
-
 CHOICE_NAME = "model.json"
-
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def bundles_folder() -> Path:
     """``EDGE_VLM_BUNDLES``, else ``bundles`` in the platform's folder for data."""
-    if folder := os.environ.get("EDGE_VLM_BUNDLES"):
-        return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir(APP)) / "bundles"
+    return Path(os.environ.get("EDGE_VLM_BUNDLES") or platform_folder("data") / "bundles")
 
 
 def chosen_model() -> str | None:

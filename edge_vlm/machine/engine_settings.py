@@ -20,7 +20,7 @@ SCORES_BATCH = 256
 # elements share a 2-byte scale.
 KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 FLASH_ATTENTION = ("off", "prefill", "on", "auto")  # auto: llama.cpp decides
-_LIMITS = {
+WHOLE_NUMBERS = {  # and their ranges
     "threads": (1, 1024),
     "prefill_threads": (1, 1024),
     "vision_threads": (1, 1024),
@@ -45,8 +45,8 @@ def check_engine_setting(name: str, value: Any) -> None:
     Raises:
         InputError: it is out of its range.
     """
-    if name in _LIMITS:
-        low, high = _LIMITS[name]
+    if name in WHOLE_NUMBERS:
+        low, high = WHOLE_NUMBERS[name]
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not low <= value <= high:
             raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")

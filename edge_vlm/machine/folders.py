@@ -16,41 +16,30 @@ CACHE_OFF = ("", "off")
 WINDOWS_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|$)", re.IGNORECASE)
 
 
-def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
-    """``EDGE_VLM_CACHE``, else the platform's folder for caches."""
-    environment = os.environ if environment is None else environment
-    folder = environment.get("EDGE_VLM_CACHE", "")
-    if folder.lower() not in CACHE_OFF:
-        return Path(folder)
+def platform_folder(kind: str) -> Path:
+    """The platform's folder for a program's ``cache``, ``config``, ``data`` or ``state``."""
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir(APP))
+    return Path(getattr(platformdirs, f"user_{kind}_dir")(APP))
 
 
-def pictures_cache(environment: Mapping[str, str] | None = None) -> Path | None:
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """``EDGE_VLM_CACHE``, else the platform's folder for caches."""
+    folder = environment.get("EDGE_VLM_CACHE", "")
+    return platform_folder("cache") if folder.lower() in CACHE_OFF else Path(folder)
+
+
+def pictures_cache(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Where to cache what is computed from pictures: ``cache_folder``, or nowhere if
     ``EDGE_VLM_CACHE`` is empty or ``off``.
     """
-    environment = os.environ if environment is None else environment
-    if environment.get("EDGE_VLM_CACHE", "on").lower() in CACHE_OFF:
-        return None
-    return cache_folder(environment)
+    is_off = environment.get("EDGE_VLM_CACHE", "on").lower() in CACHE_OFF
+    return None if is_off else cache_folder(environment)
 
 
 def config_folder() -> Path:
     """``EDGE_VLM_CONFIG``, else the platform's folder for settings."""
-    if folder := os.environ.get("EDGE_VLM_CONFIG"):
-        return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_config_dir(APP))
-
-
-def state_folder() -> Path:
-    """The platform's folder for what a program remembers."""
-    import platformdirs
-
-    return Path(platformdirs.user_state_dir(APP))
+    return Path(os.environ.get("EDGE_VLM_CONFIG") or platform_folder("config"))
 
 
 def write_file(path: Path, data: bytes, *, private: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from edge_vlm.errors import InputError
 from edge_vlm.machine.engine_settings import (
     KV_TYPES,
+    WHOLE_NUMBERS,
     EngineSettings,
     check_engine_setting,
     untuned,
@@ -26,6 +27,14 @@ MAX_PIXELS = 100_000_000  # of a picture
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
 # Whether the vision tower and the decoder are in memory at the same time.
 RESIDENCIES = ("auto", "together", "in-turns")
+_LIMITS = {
+    "kv_budget": (1, 1 << 44),
+    "max_pixels": (1, 1 << 31),
+    "cache_size": (0, 1 << 50),
+    "tile_memory": (0, 1 << 40),
+    "ram": (1, 1 << 50),
+    "max_tiles": (1, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -64,16 +73,10 @@ class MachineSettings:
     engine_logs: bool = False  # let llama.cpp and onnxruntime write to stderr
 
     def __post_init__(self) -> None:
-        limits = {
-            "kv_budget": (1, 1 << 44),
-            "max_pixels": (1, 1 << 31),
-            "cache_size": (0, 1 << 50),
-            "tile_memory": (0, 1 << 40),
-        }
-        limits |= {"ram": (1, 1 << 50)} if self.ram is not None else {}
-        limits |= {"max_tiles": (1, 1024)} if self.max_tiles is not None else {}
-        for name, (low, high) in limits.items():
+        for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
+            if value is None and name in ("ram", "max_tiles"):
+                continue
             if not isinstance(value, int) or not low <= value <= high:
                 raise InputError(f"{name}: must be from {low} to {high}, not {value!r}")
         if not isinstance(self.cache, str | os.PathLike | None):
@@ -125,7 +128,7 @@ class MachineSettings:
 
     @classmethod
     def from_environment(
-        cls, environment: Mapping[str, str] | None = None, **overrides: object
+        cls, environment: Mapping[str, str] = os.environ, **overrides: object
     ) -> MachineSettings:
         """Overrides that are not None, else the environment, else defaults.
 
@@ -135,35 +138,12 @@ class MachineSettings:
         Raises:
             InputError: a variable does not hold what it should.
         """
-        environment = os.environ if environment is None else environment
         values: dict[str, object] = {"cache": pictures_cache(environment)}
-        readers: dict[str, Callable[[str], object]] = {
-            **dict.fromkeys(
-                (
-                    "threads",
-                    "prefill_threads",
-                    "vision_threads",
-                    "vision_streams",
-                    "batch_size",
-                    "tiles_per_call",
-                ),
-                _whole_number,
-            ),
-            **dict.fromkeys(("repack", "mmap", "spinning", "engine_logs"), _switch),
-            **dict.fromkeys(("flash_attention", "residency", "kv_type"), str.lower),
-            "kv_budget": parse_size,
-            "ram": parse_size,
-            "max_tiles": _whole_number,
-            "max_pixels": parse_size,
-            "provider": str.lower,
-            "gpu_layers": parse_gpu_layers,
-            "cache_size": parse_size,
-        }
-        for name, read in readers.items():
+        for name, read in _READERS.items():
             variable = f"EDGE_VLM_{name.upper()}"
-            if environment.get(variable):
+            if text := environment.get(variable):
                 try:
-                    values[name] = read(environment[variable])
+                    values[name] = read(text)
                 except ValueError as error:
                     raise InputError(f"{variable}: {error}") from error
         values |= {name: value for name, value in overrides.items() if value is not None}
@@ -202,3 +182,13 @@ def _whole_number(text: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError(f"{text!r} is not a whole number")
     return int(text)
+
+
+# How the variable of each setting is read.
+_READERS: dict[str, Callable[[str], object]] = {
+    **dict.fromkeys((*WHOLE_NUMBERS, "max_tiles"), _whole_number),
+    **dict.fromkeys(("repack", "mmap", "spinning", "engine_logs"), _switch),
+    **dict.fromkeys(("flash_attention", "residency", "kv_type", "provider"), str.lower),
+    **dict.fromkeys(("kv_budget", "ram", "max_pixels", "cache_size"), parse_size),
+    "gpu_layers": parse_gpu_layers,
+}

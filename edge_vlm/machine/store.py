@@ -28,8 +28,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,6 @@ _MAGIC = b"edge-vlm"
 _DIGEST_BYTES = 16
 _HEADER_BYTES = _HEADER.size + _DIGEST_BYTES
 _BLOCK = 4096  # files take whole blocks of the disk
-_CHUNK = 8 << 20
 _LOCK_SECONDS = 10.0
 
 UInt8 = npt.NDArray[np.uint8]
@@ -129,7 +129,7 @@ class Store:
         """The payload of an entry, or None; a damaged or foreign one is dropped."""
         path = self._path(kind, key)
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
                 self._check_owner()
                 payload = _read_checked(file, kind, key)
                 if payload is None:
@@ -243,9 +243,10 @@ class Store:
         )
         descriptor, name = tempfile.mkstemp(dir=self._new)  # readable by the user alone
         try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                _write_all(file, memoryview(header + xxhash.xxh3_128_digest(header)))
-                _write_all(file, payload)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(header + xxhash.xxh3_128_digest(header))
+                file.write(payload)
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
@@ -304,7 +305,7 @@ class Store:
             yield
 
 
-def _read_checked(file: IO[bytes], kind: str, key: bytes) -> UInt8 | None:
+def _read_checked(file: BufferedReader, kind: str, key: bytes) -> UInt8 | None:
     """The payload, if header and payload are as they were written under this key."""
     header = file.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
@@ -319,22 +320,8 @@ def _read_checked(file: IO[bytes], kind: str, key: bytes) -> UInt8 | None:
     ):
         return None
     payload = np.empty(size, np.uint8)
-    view = payload.data
-    running = xxhash.xxh3_128()
-    position = 0
-    while position < size:
-        n = file.readinto(view[position : position + _CHUNK])  # type: ignore[attr-defined]
-        if not n:
-            return None
-        running.update(view[position : position + n])
-        position += n
-    return payload if running.digest() == checksum else None
-
-
-def _write_all(file: IO[bytes], data: memoryview) -> None:
-    position = 0
-    while position < len(data):
-        position += file.write(data[position : position + _CHUNK])
+    is_whole = file.readinto(payload.data) == size
+    return payload if is_whole and xxhash.xxh3_128_digest(payload.data) == checksum else None
 
 
 def _on_disk(size: int) -> int:

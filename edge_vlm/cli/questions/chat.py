@@ -84,14 +84,14 @@ def command(
     from edge_vlm.answering.answer import AskOptions
     from edge_vlm.cli.choose import pick_model
     from edge_vlm.cli.questions.line_input import LineInput
-    from edge_vlm.machine.folders import state_folder
+    from edge_vlm.machine.folders import platform_folder
 
     settings, wanted = machine_settings(options)
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     for image in images:
         _check_picture(image, settings)
     vlm = _load(pick_model(model), settings)
-    history = None if no_history else state_folder() / "chat_history"
+    history = None if no_history else platform_folder("state") / "chat_history"
     with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
         talk = _Session(chat, lines, settings, list(images), as_json, drop_oldest)
         if load:
