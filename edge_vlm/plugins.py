@@ -7,11 +7,12 @@ may take.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from glob import escape, glob
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 
@@ -20,8 +21,10 @@ def plugins(group: str) -> Mapping[str, str]:
     """``module:object`` of each entry point of the group; what comes first on the path counts."""
     found: dict[str, str] = {}
     for folder in sys.path:
-        for path in sorted(Path(folder or ".").glob("*.dist-info/entry_points.txt")):
-            text = path.read_text(encoding="utf-8", errors="replace")
+        pattern = os.path.join(escape(folder or "."), "*.dist-info", "entry_points.txt")
+        for path in sorted(glob(pattern)):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
             section = text.partition(f"[{group}]")[2].partition("[")[0]
             for line in section.splitlines():
                 name, _, value = line.partition("=")

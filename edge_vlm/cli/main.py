@@ -86,8 +86,10 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> NoR
     """Run a command line; every error a user can cause ends in one line."""
     session = Session()
     try:
-        with session.listening():
+        try:
             code = command.main(args, prog_name=name, standalone_mode=False, obj=session)
+        finally:
+            session.finish()
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None

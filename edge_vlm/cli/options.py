@@ -44,9 +44,9 @@ def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
     return decorate
 
 
-def _be_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Session).be_verbose()
+def _listen(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.call_on_close(ctx.ensure_object(Session).finish)
+    ctx.ensure_object(Session).listen(value)
 
 
 model_option = click.option(
@@ -89,35 +89,8 @@ verbose_option = click.option(  # the command finds it as session().verbose
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    callback=_be_verbose,
+    callback=_listen,
     help="Say more on stderr, and more about errors.",
-)
-# What pictures are read.
-image_options = together(
-    click.option(
-        "--allow-format",
-        multiple=True,
-        type=click.Choice(["TIFF", "AVIF"], case_sensitive=False),
-        help="Read this format too; JPEG, PNG, WebP, BMP and GIF are read always.",
-    ),
-    click.option(
-        "--max-pixels",
-        type=SIZE,
-        help="Refuse pictures with more pixels (EDGE_VLM_MAX_PIXELS; default 100M).",
-    ),
-)
-hardware_options = together(
-    click.option(
-        "--gpu-layers",
-        type=Parsed("n|auto|all", parse_gpu_layers),
-        help="Decoder layers on a GPU (EDGE_VLM_GPU_LAYERS; default auto: all, if llama.cpp"
-        " was built for one).",
-    ),
-    click.option(
-        "--provider",
-        type=click.Choice(PROVIDER_CHOICES, case_sensitive=False),
-        help="Where onnxruntime runs the vision tower (EDGE_VLM_PROVIDER; default auto).",
-    ),
 )
 engine_options = together(
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (EDGE_VLM_THREADS)."),
@@ -134,6 +107,34 @@ engine_options = together(
         " is short).",
     ),
     ram_option,
+)
+# What pictures are read.
+image_options = together(
+    click.option(
+        "--allow-format",
+        multiple=True,
+        type=click.Choice(["TIFF", "AVIF"], case_sensitive=False),
+        help="Read this format too; JPEG, PNG, WebP, BMP and GIF are read always.",
+    ),
+    click.option(
+        "--max-pixels",
+        type=SIZE,
+        help="Refuse pictures with more pixels (EDGE_VLM_MAX_PIXELS; default 100M).",
+    ),
+)
+cached_image_options = together(image_options, no_cache_option)
+hardware_options = together(
+    click.option(
+        "--gpu-layers",
+        type=Parsed("n|auto|all", parse_gpu_layers),
+        help="Decoder layers on a GPU (EDGE_VLM_GPU_LAYERS; default auto: all, if llama.cpp"
+        " was built for one).",
+    ),
+    click.option(
+        "--provider",
+        type=click.Choice(PROVIDER_CHOICES, case_sensitive=False),
+        help="Where onnxruntime runs the vision tower (EDGE_VLM_PROVIDER; default auto).",
+    ),
 )
 # How questions are answered, and with how much of the machine.
 answer_options = together(
@@ -157,14 +158,14 @@ answer_options = together(
         "--kv-budget", type=SIZE, help="Largest KV cache (EDGE_VLM_KV_BUDGET; default 530MB)."
     ),
     engine_options,
+    hardware_options,
 )
 
 
 def machine_settings(options: dict[str, Any]) -> tuple[MachineSettings, dict[str, Any]]:
     """The machine's settings from a command's options, and what else was given.
 
-    They are those of ``answer_options``, ``hardware_options``, ``image_options`` and
-    ``no_cache_option``.
+    They are those of ``answer_options`` and ``cached_image_options``.
 
     Raises:
         InputError: one of them, or a variable of the environment, is out of its range.

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    import io
+    import logging
 
-class Session(logging.Handler):
+
+class Session:
     """The ``obj`` of every click context. It holds log lines back: an answer is not interrupted."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.verbose = False
-        self._lines: list[str] = []
+        self._held: tuple[logging.StreamHandler[io.StringIO], int] | None = None
 
-    def be_verbose(self) -> None:
-        """Also show what is less urgent than a warning, and details of errors."""
-        self.verbose = True
-        logging.getLogger("edge_vlm").setLevel(logging.INFO)
+    def listen(self, verbose: bool) -> None:
+        """Hold back what is logged from now on: warnings, if ``verbose`` also what is less urgent.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
-        self._lines.append(self.format(record))
+        Details of errors are shown if ``verbose``.
+        """
+        import io
+        import logging
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Print what was logged to stderr at the end."""
+        self.finish()
+        self.verbose = verbose
         logger = logging.getLogger("edge_vlm")
-        level = logger.level
-        logger.addHandler(self)
-        logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            logger.removeHandler(self)
-            logger.setLevel(level)
-            for line in self._lines:
-                click.echo(line, err=True)
+        self._held = logging.StreamHandler(io.StringIO()), logger.level
+        logger.addHandler(self._held[0])
+        logger.setLevel(logging.INFO if verbose else logging.WARNING)
+
+    def finish(self) -> None:
+        """Print what was held back to stderr."""
+        if self._held is None:
+            return
+        import logging
+
+        (handler, level), self._held = self._held, None
+        logger = logging.getLogger("edge_vlm")
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        click.echo(handler.stream.getvalue(), err=True, nl=False)
 
 
 def session() -> Session:

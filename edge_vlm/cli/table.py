@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import click
+
+
+def echo_lines(lines: Mapping[str, object], width: int) -> None:
+    """Print a line for each label and its value, which begins behind ``width`` characters."""
+    for label, value in lines.items():
+        click.echo(f"{label:<{width}} {value}")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        first, *others = (
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)
+    columns = []
+    for index, column in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([c.rjust(width) if index else c.ljust(width) for c in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

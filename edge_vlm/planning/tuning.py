@@ -100,18 +100,18 @@ def engines_for(
     )
 
 
-def setting_words(settings: EngineSettings) -> list[tuple[str, str]]:
+def setting_words(settings: EngineSettings) -> dict[str, str]:
     """Names and values for people."""
 
     def word(value: Any) -> str:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
-    return [(name.replace("_", " "), word(value)) for name, value in asdict(settings).items()]
+    return {name.replace("_", " "): word(value) for name, value in asdict(settings).items()}
 
 
 def tuning_line(tuning: Tuning) -> str:
     """One line for people."""
-    words = ", ".join(f"{name} {value}" for name, value in setting_words(tuning.settings))
+    words = ", ".join(f"{name} {value}" for name, value in setting_words(tuning.settings).items())
     return f"{tuning.date}: {words}"
 
 

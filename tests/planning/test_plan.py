@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edge_vlm import InputError, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
-from edge_vlm.cli.tools.plan import DECODER, DEVICES, KV_TYPES, VISION
+from edge_vlm.cli.tools.plan import DECODER, DEVICES, VISION
 from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.jina_vlm.cost import VisionSizes
 from edge_vlm.families.jina_vlm.paper import efficiency_table
@@ -315,10 +315,9 @@ def test_profiles_give_seconds_and_say_where_from() -> None:
 
 
 def test_choices_of_the_command_are_those_of_the_planner() -> None:
-    assert tuple(KV_ELEMENT_BYTES) == KV_TYPES
     assert tuple(VISION_BYTES) == VISION
     assert DECODER_PRECISIONS == DECODER
-    for kv_type in KV_TYPES:
+    for kv_type in KV_ELEMENT_BYTES:
         assert MachineSettings(kv_type=kv_type, threads=1).kv_type == kv_type
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
     from edge_vlm.machine.store import Store
@@ -36,13 +37,15 @@ def info(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"enabled": True, **dataclasses.asdict(found)}))
         return
-    for label, value in (
-        ("folder", found.folder),
-        ("used", f"{found.used_bytes / 1e6:.1f} MB of at most {found.limit_bytes / 1e6:.0f} MB"),
-        ("tiles", f"{found.entries['tile']} ({found.bytes['tile'] / 1e6:.1f} MB)"),
-        ("prefixes", f"{found.entries['prefix']} ({found.bytes['prefix'] / 1e6:.1f} MB)"),
-    ):
-        click.echo(f"{label:<9} {value}")
+    echo_lines(
+        {
+            "folder": found.folder,
+            "used": f"{found.used_bytes / 1e6:.1f} MB of at most {found.limit_bytes / 1e6:.0f} MB",
+            "tiles": f"{found.entries['tile']} ({found.bytes['tile'] / 1e6:.1f} MB)",
+            "prefixes": f"{found.entries['prefix']} ({found.bytes['prefix'] / 1e6:.1f} MB)",
+        },
+        9,
+    )
 
 
 @command.command("clear")

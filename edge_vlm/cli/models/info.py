@@ -8,6 +8,7 @@ import json
 import click
 
 from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.table import echo_lines
 
 
 @click.command("info")
@@ -22,12 +23,11 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
     did not change since is not hashed again, unless --verify is given.
     """
     from edge_vlm.bundle.checksums import verify
-    from edge_vlm.bundle.find import find_bundle
-    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.cli.choose import open_bundle
     from edge_vlm.errors import BundleError
     from edge_vlm.planning.tuning import load_tuning, tuning_line
 
-    bundle = Bundle.open(find_bundle(model))
+    bundle = open_bundle(model)
     failure: BundleError | None = None
     try:
         verify(bundle, again=again)
@@ -46,29 +46,23 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
     else:
         processor, decoder = manifest.image_processor, manifest.decoder
         revision = f" at {manifest.model.revision}" if manifest.model.revision else ""
-        for label, value in (
-            ("model", manifest.model.name),
-            ("licence", manifest.model.license or "not stated"),
-            ("source", f"{manifest.model.source}{revision}"),
-            ("folder", str(bundle.path)),
-            ("vision", f"{manifest.vision.precision}, {manifest.vision.n_layers} layers"),
-            (
-                "decoder",
-                f"{decoder.precision}, {decoder.n_layers} layers of width {decoder.hidden_size},"
-                f" {decoder.vocab_size} ids",
-            ),
-            (
-                "pictures",
-                f"tiles of {processor.tile_hw[1]}x{processor.tile_hw[0]},"
-                f" at most {processor.max_tiles} and a thumbnail",
-            ),
-            ("KV cache", f"{decoder.kv_bytes_per_token()} bytes a token (f16)"),
-            ("files", ", ".join(f"{n} {r.size / 1e6:.1f} MB" for n, r in manifest.files.items())),
-            ("written by", ", ".join(f"{n} {v}" for n, v in manifest.created_with.items())),
-            ("verified", "no" if failure else "yes"),
-            ("tuned", tuning_line(tuning) if tuning else "no; 'edge-vlm tune' does it"),
-        ):
-            click.echo(f"{label:<11} {_printable(value)}")
+        lines = {
+            "model": manifest.model.name,
+            "licence": manifest.model.license or "not stated",
+            "source": f"{manifest.model.source}{revision}",
+            "folder": str(bundle.path),
+            "vision": f"{manifest.vision.precision}, {manifest.vision.n_layers} layers",
+            "decoder": f"{decoder.precision}, {decoder.n_layers} layers of width"
+            f" {decoder.hidden_size}, {decoder.vocab_size} ids",
+            "pictures": f"tiles of {processor.tile_hw[1]}x{processor.tile_hw[0]},"
+            f" at most {processor.max_tiles} and a thumbnail",
+            "KV cache": f"{decoder.kv_bytes_per_token()} bytes a token (f16)",
+            "files": ", ".join(f"{n} {r.size / 1e6:.1f} MB" for n, r in manifest.files.items()),
+            "written by": ", ".join(f"{n} {v}" for n, v in manifest.created_with.items()),
+            "verified": "no" if failure else "yes",
+            "tuned": tuning_line(tuning) if tuning else "no; 'edge-vlm tune' does it",
+        }
+        echo_lines({label: _printable(value) for label, value in lines.items()}, 11)
     if failure:
         raise failure
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import json_option, verbose_option
-
-if TYPE_CHECKING:
-    from edge_vlm.bundle.report import Report
 
 
 @click.command("verify")
@@ -45,14 +41,13 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     measure = exporter("measure_bundle", "verify --against") if against is not None else None
 
     from edge_vlm.bundle.checksums import verify
-    from edge_vlm.bundle.find import find_bundle
-    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.cli.choose import open_bundle
     from edge_vlm.cli.display import Steps
     from edge_vlm.errors import EdgeVLMError
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.measure.check import check_sanity
 
-    bundle = Bundle.open(find_bundle(model))
+    bundle = open_bundle(model)
     report, measured = bundle.manifest.report, None
     with Steps() as steps:
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
@@ -63,8 +58,8 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
         data = {
             "path": str(bundle.path),
             "intact": True,
-            "report": _data(report),
-            "measured": _data(measured),
+            "report": report.model_dump() if report else None,
+            "measured": measured.model_dump() if measured else None,
             "failures": measured.failures if measured else [],
         }
         click.echo(json.dumps(data, ensure_ascii=False))
@@ -77,7 +72,3 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
             click.echo("it has no report")
     if measured and measured.failures:
         raise EdgeVLMError(" and ".join(measured.failures))
-
-
-def _data(report: Report | None) -> dict[str, object] | None:
-    return report.model_dump() if report else None

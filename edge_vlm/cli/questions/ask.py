@@ -11,12 +11,10 @@ import click
 
 from edge_vlm.cli.options import (
     answer_options,
-    hardware_options,
-    image_options,
+    cached_image_options,
     json_option,
     machine_settings,
     model_option,
-    no_cache_option,
     verbose_option,
 )
 from edge_vlm.cli.session import session
@@ -50,9 +48,7 @@ if TYPE_CHECKING:
     "--regex", metavar="PATTERN", help="Answer with a full match of this regular expression."
 )
 @answer_options
-@hardware_options
-@image_options
-@no_cache_option
+@cached_image_options
 @json_option
 @verbose_option
 def command(

@@ -12,12 +12,10 @@ import click
 
 from edge_vlm.cli.options import (
     answer_options,
-    hardware_options,
-    image_options,
+    cached_image_options,
     json_option,
     machine_settings,
     model_option,
-    no_cache_option,
     verbose_option,
 )
 from edge_vlm.cli.session import session
@@ -52,15 +50,13 @@ COMMANDS = ("/help", *(line.split()[0] for line in HELP.splitlines() if line.sta
 @model_option
 @click.option("--load", metavar="FILE.json", help="Go on with a conversation from a file.")
 @answer_options
-@hardware_options
 @click.option(
     "--drop-oldest",
     is_flag=True,
     help="When the context is full, forget the oldest questions without asking; pictures stay.",
 )
 @click.option("--no-history", is_flag=True, help="Neither read nor write the history of lines.")
-@image_options
-@no_cache_option
+@cached_image_options
 @json_option
 @verbose_option
 def command(

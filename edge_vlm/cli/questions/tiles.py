@@ -43,10 +43,8 @@ def command(
     edge-vlm tiles photo.jpg -o tiles.png
     edge-vlm tiles page.png --model jina-vlm --max-tiles 6 -o tiles.png
     """
-    from edge_vlm.cli.choose import image_processor
+    from edge_vlm.cli.choose import image_processor, read_picture
     from edge_vlm.machine.folders import write_file
-    from edge_vlm.machine.settings import MachineSettings
-    from edge_vlm.pictures.image import load_image
     from edge_vlm.pictures.overview import draw_tiling
     from edge_vlm.planning.budget import limit_tiles
 
@@ -54,9 +52,8 @@ def command(
     kind = "PNG" if to_stdout else _FORMATS.get(output.suffix.lower())
     if kind is None:
         raise click.UsageError(f"--output: {output}: the name must end in {', '.join(_FORMATS)}")
-    limit = MachineSettings.from_environment(max_pixels=max_pixels).max_pixels
     source = sys.stdin.buffer.read() if image == "-" else image
-    pixels = load_image(source, max_pixels=limit, extra_formats=allow_format)
+    pixels = read_picture(source, max_pixels, allow_format)
     drawing = draw_tiling(pixels, limit_tiles(image_processor(model), max_tiles))
     data = io.BytesIO()
     drawing.save(data, kind)

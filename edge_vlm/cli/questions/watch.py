@@ -14,11 +14,9 @@ import click
 
 from edge_vlm.cli.options import (
     answer_options,
-    hardware_options,
-    image_options,
+    cached_image_options,
     machine_settings,
     model_option,
-    no_cache_option,
     verbose_option,
 )
 
@@ -73,9 +71,7 @@ if TYPE_CHECKING:
 @click.option("--count", type=click.IntRange(1), help="Stop after so many lines.")
 @model_option
 @answer_options
-@hardware_options
-@image_options
-@no_cache_option
+@cached_image_options
 @verbose_option
 def command(
     question: str,

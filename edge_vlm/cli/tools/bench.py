@@ -19,6 +19,7 @@ from edge_vlm.cli.options import (
     model_option,
     verbose_option,
 )
+from edge_vlm.cli.table import format_table
 
 DEFAULT_SIZES = ((640, 480), (2728, 2046))
 _SIZE = re.compile(r"(\d{1,5})[xX](\d{1,5})")
@@ -151,8 +152,6 @@ def _synthetic(config: str, recipe: str) -> Path:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from edge_vlm.cli.table import format_table
-
     machine, results = report["machine"], report["results"]
     click.echo(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
     for name, result in results.items():

@@ -9,6 +9,7 @@ import click
 
 from edge_vlm.cli.options import json_option, verbose_option
 from edge_vlm.cli.session import session
+from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
     from edge_vlm.measure.doctor import Report
@@ -42,31 +43,24 @@ def _show(report: Report, verbose: bool) -> None:
     machine = report.machine
     limit = f", limited to {machine.cpu_limit:g}" if machine.cpu_limit else ""
     memory_limit = f", limited to {_gb(machine.memory_limit)}" if machine.memory_limit else ""
-    lines = [
-        ("system", f"{machine.system}, {machine.architecture}, Python {platform.python_version()}"),
-        ("processor", machine.processor),
-        ("instructions", " ".join(instruction_sets(machine)) or "none that the engines use"),
-        (
-            "cores",
-            f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical,"
-            f" {machine.usable_cores} usable{limit}; {report.threads} threads by default",
-        ),
-        (
-            "memory",
-            f"{_gb(machine.memory)}, {_gb(machine.memory_available)} available{memory_limit}",
-        ),
-        ("packages", ", ".join(f"{name} {version}" for name, version in report.packages.items())),
-        ("providers", f"{', '.join(report.providers) or 'none'}"),
-        ("vision", f"on {report.vision_provider}"),
-        ("decoder", "on the GPU" if report.gpu_offload else "on cpu"),
-    ]
+    lines = {
+        "system": f"{machine.system}, {machine.architecture}, Python {platform.python_version()}",
+        "processor": machine.processor,
+        "instructions": " ".join(instruction_sets(machine)) or "none that the engines use",
+        "cores": f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical,"
+        f" {machine.usable_cores} usable{limit}; {report.threads} threads by default",
+        "memory": f"{_gb(machine.memory)}, {_gb(machine.memory_available)} available{memory_limit}",
+        "packages": ", ".join(f"{name} {version}" for name, version in report.packages.items()),
+        "providers": ", ".join(report.providers) or "none",
+        "vision": f"on {report.vision_provider}",
+        "decoder": "on the GPU" if report.gpu_offload else "on cpu",
+    }
     for backend, features in report.llama_build.items():
         names = (k if v == "1" else f"{k}={v}" for k, v in features.items() if v != "0")
-        lines.append((f"llama.cpp {backend}", " ".join(names)))
+        lines[f"llama.cpp {backend}"] = " ".join(names)
     if verbose:
-        lines.append(("all features", " ".join(sorted(machine.features))))
-    for label, value in lines:
-        click.echo(f"{label:<14} {value}")
+        lines["all features"] = " ".join(sorted(machine.features))
+    echo_lines(lines, 14)
     for error in report.errors:
         click.echo(f"\nbroken: {error}")
     for advice in report.advice:

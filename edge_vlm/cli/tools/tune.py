@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_vlm.cli.options import json_option, model_option, verbose_option
+from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
     from edge_vlm.planning.tuning import Tuning
@@ -33,12 +34,11 @@ def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
     """
     if show and reset:
         raise click.UsageError("give either --show or --reset")
-    from edge_vlm.bundle.find import find_bundle
-    from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.cli.choose import open_bundle
     from edge_vlm.planning.tuning import load_tuning, store_tuning, tuning_file
 
-    path = find_bundle(model)
-    manifest = Bundle.open(path).manifest
+    bundle = open_bundle(model)
+    manifest = bundle.manifest
     if reset:
         tuning_file(manifest).unlink(missing_ok=True)
         return
@@ -54,7 +54,7 @@ def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
 
     with Steps() as steps:
         tuning = tune(
-            path,
+            bundle.path,
             MachineSettings.from_environment(),
             progress=lambda done, total: steps.show("tuning", done, total),
         )
@@ -67,26 +67,21 @@ def _print(tuning: Tuning | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(tuning) if tuning else None))
     elif tuning:
-        for label, value in _lines(tuning):
-            click.echo(f"{label:<16} {value}")
+        echo_lines(_lines(tuning), 16)
 
 
-def _lines(tuning: Tuning) -> list[tuple[str, str]]:
+def _lines(tuning: Tuning) -> dict[str, str]:
     from edge_vlm.planning.tuning import setting_words
 
     speeds = tuning.speeds
     engines = ", ".join(f"{name} {version}" for name, version in tuning.measured_with.items())
-    return [
-        *setting_words(tuning.settings),
-        ("vision", f"{speeds.vision_seconds_per_tile:.3g} s a tile"),
-        (
-            "prefill",
-            f"{speeds.prefill_tokens_per_second:.4g} tokens/s, {speeds.prefill_tokens} tokens",
-        ),
-        (
-            "decode",
-            f"{speeds.decode_tokens_per_second:.3g} tokens/s behind {speeds.decode_positions}",
-        ),
-        ("load", f"{speeds.load_seconds:.3g} s"),
-        ("measured", f"{tuning.date} with {engines}"),
-    ]
+    prefill = f"{speeds.prefill_tokens_per_second:.4g} tokens/s"
+    decode = f"{speeds.decode_tokens_per_second:.3g} tokens/s"
+    return {
+        **setting_words(tuning.settings),
+        "vision": f"{speeds.vision_seconds_per_tile:.3g} s a tile",
+        "prefill": f"{prefill}, {speeds.prefill_tokens} tokens",
+        "decode": f"{decode} behind {speeds.decode_positions}",
+        "load": f"{speeds.load_seconds:.3g} s",
+        "measured": f"{tuning.date} with {engines}",
+    }
