@@ -46,11 +46,11 @@ def verify(
         BundleError: a file differs or cannot be read.
     """
     remembered = {} if again else _read_stamps(bundle)
-    waiting = {}
-    for name, record in bundle.manifest.files.items():
-        stamp = _stamp(bundle.file(name), record.sha256)
-        if record.size <= always or remembered.get(name) != stamp:
-            waiting[name] = record
+    waiting = {
+        name: record
+        for name, record in bundle.manifest.files.items()
+        if record.size <= always or remembered.get(name) != _stamp(bundle.file(name), record.sha256)
+    }
     total = sum(record.size for record in waiting.values())
     done = 0
     for name, record in waiting.items():

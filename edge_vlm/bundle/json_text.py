@@ -34,11 +34,15 @@ def read_bounded(path: Path, max_bytes: int, because: Because) -> bytes:
     except FileNotFoundError as error:
         raise because(f"{label(path)}: is missing") from error
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise because(f"{label(path)}: {reason}") from error
+        raise because(f"{label(path)}: {why(error)}") from error
     if len(raw) > max_bytes:
         raise because(f"{label(path)}: is larger than {max_bytes / (1 << 20):g} MiB")
     return raw
+
+
+def why(error: Exception) -> str:
+    """The reason that an error of the file system gives, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def decode(raw: bytes, where: str | Path, because: Because) -> str:

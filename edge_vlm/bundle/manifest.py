@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded
+from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded, why
 from edge_vlm.bundle.report import Report
 from edge_vlm.errors import BundleError, InputError, label
 from edge_vlm.families.base import DEFAULT, Family, ImageProcessor, Prompt, Tokens, find_family
@@ -171,7 +171,7 @@ class Bundle:
             inside = path.resolve(strict=True).is_relative_to(self.path.resolve(strict=True))
             info = path.stat()
         except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError until 3.13
-            raise BundleError(f"{label(path)}: {_reason(error)}") from error
+            raise BundleError(f"{label(path)}: {why(error)}") from error
         if not inside:
             raise BundleError(f"{label(path)}: is a link that leads out of the bundle")
         if not stat.S_ISREG(info.st_mode):
@@ -219,9 +219,5 @@ def _read_manifest(folder: Path) -> bytes:
         if not path.is_file():
             raise BundleError(f"{label(folder)}: is not a bundle, it has no {MANIFEST_NAME}")
     except (OSError, ValueError) as error:
-        raise BundleError(f"{label(path)}: {_reason(error)}") from error
+        raise BundleError(f"{label(path)}: {why(error)}") from error
     return read_bounded(path, MAX_MANIFEST_BYTES, BundleError)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -22,21 +22,15 @@ _FIELDS: dict[str, dict[int, str]] = {
     "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
     "node": {5: "attribute"},
-    "attribute": {
-        5: "tensor",
-        6: "graph",
-        10: "tensor",
-        11: "graph",
-        22: "sparse",
-        23: "sparse",
-    },
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
 _MAX_DEPTH = 64
 _MAX_FIELDS = 1_000_000  # walked in about a second; the released model has fewer than 100,000
 _MAX_ENTRY_BYTES = 4096  # of a path, and of its key
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _BYTES = 0, 2  # wire types
+_FIXED = {1: 8, 5: 4}  # those of a fixed number of bytes
 
 
 def external_files(path: Path) -> set[str]:
@@ -86,10 +80,8 @@ class _Walk:
             wire = key & 7
             if wire == _VARINT:
                 _, position = _varint(self._data, position, end)
-            elif wire == _FIXED64:
-                position += 8
-            elif wire == _FIXED32:
-                position += 4
+            elif wire in _FIXED:
+                position += _FIXED[wire]
             elif wire == _BYTES:
                 length, position = _varint(self._data, position, end)
                 if length > end - position:

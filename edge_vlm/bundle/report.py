@@ -6,6 +6,7 @@ CHECKPOINT`` measures them again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -110,53 +111,35 @@ class Report(Part):
 
     def lines(self) -> list[tuple[str, str]]:
         """Labels and values of a table for people."""
-        rows: list[tuple[str, str]] = []
+        return [*self._vision_lines(), *self._decoder_lines()]
+
+    def _vision_lines(self) -> Iterator[tuple[str, str]]:
         if vision := self.vision:
-            rows += [
-                ("vision", f"{_size(vision.n_bytes)}, {vision.bits_per_weight:.2f} bits a weight"),
-                (
-                    "  cosine",
-                    f"{vision.cosine_mean:.5f} mean, {vision.cosine_worst:.5f} worst 1 %"
-                    f" (at least {vision.min_cosine:g} and {vision.min_cosine_worst:.4g};"
-                    f" {vision.n_tiles} tiles)",
-                ),
-                (
-                    "  error",
-                    f"{vision.error_mean:.2%} mean, {vision.error_worst:.2%} worst 1 %",
-                ),
-                ("  kept", _kept(vision.kept, f"of {vision.n_products} matrix products")),
-            ]
+            size, bits = _size(vision.n_bytes), vision.bits_per_weight
+            limits = f"at least {vision.min_cosine:g} and {vision.min_cosine_worst:.4g}"
+            cosine = f"{vision.cosine_mean:.5f} mean, {vision.cosine_worst:.5f} worst 1 %"
+            yield "vision", f"{size}, {bits:.2f} bits a weight"
+            yield "  cosine", f"{cosine} ({limits}; {vision.n_tiles} tiles)"
+            yield "  error", f"{vision.error_mean:.2%} mean, {vision.error_worst:.2%} worst 1 %"
+            yield "  kept", _kept(vision.kept, f"of {vision.n_products} matrix products")
+
+    def _decoder_lines(self) -> Iterator[tuple[str, str]]:
         file = self.decoder_file
-        types = ", ".join(f"{count} {name}" for name, count in file.types.items())
-        rows += [
-            ("decoder", f"{_size(file.n_bytes)}, {file.bits_per_weight:.2f} bits a weight"),
-            ("  tensors", types),
-        ]
+        yield "decoder", f"{_size(file.n_bytes)}, {file.bits_per_weight:.2f} bits a weight"
+        yield "  tensors", ", ".join(f"{count} {name}" for name, count in file.types.items())
         if file.kept:
-            rows.append(("  kept", _kept(file.kept, "tensors in a larger type")))
-        if calibration := file.calibration:
-            rows.append(
-                (
-                    "  imatrix",
-                    f"{calibration.source}: {calibration.n_prompts} prompts,"
-                    f" {calibration.n_positions} positions",
-                )
-            )
+            yield "  kept", _kept(file.kept, "tensors in a larger type")
+        if made := file.calibration:
+            numbers = f"{made.n_prompts} prompts, {made.n_positions} positions"
+            yield "  imatrix", f"{made.source}: {numbers}"
         if decoder := self.decoder:
-            rows += [
-                (
-                    "  divergence",
-                    f"{decoder.divergence_mean:.4f} mean, {decoder.divergence_worst:.3f} worst 1 %"
-                    f" (at most {decoder.max_divergence:g}; {decoder.n_positions} positions,"
-                    f" {decoder.n_prompts} prompts)",
-                ),
-                ("  same token", f"{decoder.same_top:.1%}"),
-                (
-                    "  perplexity",
-                    f"{decoder.perplexity:.4g}, {decoder.perplexity_ratio:.4f} of the checkpoint's",
-                ),
-            ]
-        return rows
+            mean, worst = decoder.divergence_mean, decoder.divergence_worst
+            numbers = f"{decoder.n_positions} positions, {decoder.n_prompts} prompts"
+            limit = f"at most {decoder.max_divergence:g}; {numbers}"
+            ratio = f"{decoder.perplexity_ratio:.4f} of the checkpoint's"
+            yield "  divergence", f"{mean:.4f} mean, {worst:.3f} worst 1 % ({limit})"
+            yield "  same token", f"{decoder.same_top:.1%}"
+            yield "  perplexity", f"{decoder.perplexity:.4g}, {ratio}"
 
 
 def _size(n_bytes: int) -> str:

@@ -93,8 +93,6 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> NoR
     except click.ClickException as error:
         error.show()
         raise SystemExit(error.exit_code) from None
-    except EdgeVLMError as error:
-        _fail(error, session.verbose, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         raise SystemExit(130) from None
@@ -102,31 +100,26 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> NoR
         # The reader has gone; give the interpreter a stdout that it can flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except MemoryError as error:
-        _fail(EdgeVLMError("not enough memory"), session.verbose, 1, error)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(EdgeVLMError(f"{where}{error.strerror or error}"), session.verbose, 1, error)
     except Exception as error:
-        hint = "" if session.verbose else "; run again with -v for the details and please report it"
-        _fail(
-            EdgeVLMError(f"unexpected {type(error).__name__}: {error}{hint}"),
-            session.verbose,
-            1,
-            error,
-        )
+        _fail(error, session.verbose)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _fail(
-    error: EdgeVLMError, verbose: bool, code: int, cause: BaseException | None = None
-) -> NoReturn:
-    if verbose:
+def _fail(error: Exception, verbose: bool) -> NoReturn:
+    details: BaseException | None = error
+    if isinstance(error, EdgeVLMError):
+        details, text, code = error.__cause__, str(error), error.exit_code
+    elif isinstance(error, MemoryError):
+        text, code = "not enough memory", 1
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"{where}{error.strerror or error}", 1
+    else:
+        hint = "" if verbose else "; run again with -v for the details and please report it"
+        text, code = f"unexpected {type(error).__name__}: {error}{hint}", 1
+    if verbose and details:
         import traceback
 
-        details = cause or error.__cause__
-        if details:
-            click.echo("".join(traceback.format_exception(details)), err=True, nl=False)
-    message = " ".join(str(error).split())
-    click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
+        click.echo("".join(traceback.format_exception(details)), err=True, nl=False)
+    click.echo(f"{click.style('Error:', fg='red')} {' '.join(text.split())}", err=True)
     raise SystemExit(code)

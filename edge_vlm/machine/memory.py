@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 from contextlib import suppress
@@ -38,7 +37,7 @@ def available_bytes() -> int:
 def give_back_memory() -> None:
     """Let the C library return what was freed to the system; only glibc keeps much of it."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -59,7 +58,7 @@ def forget_mapped(path: Path) -> None:
     if not can_forget():
         return
     name = str(path.resolve())
-    with contextlib.suppress(OSError, AttributeError, ValueError):
+    with suppress(OSError, AttributeError, ValueError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():

@@ -48,11 +48,9 @@ ALL_LAYERS = -1  # llama.cpp's number for every layer
 
 
 def candidates(wanted: str, available: Sequence[str]) -> list[str]:
-    """Names of providers to try in turn.
+    """Names of providers to try in turn for one of ``PROVIDER_CHOICES``.
 
-    Args:
-        wanted: one of ``PROVIDER_CHOICES``.
-        available: what the installed onnxruntime offers.
+    ``available`` are the ids of those that the installed onnxruntime has.
 
     Raises:
         InputError: the wanted one is not installed.
@@ -72,10 +70,7 @@ def candidates(wanted: str, available: Sequence[str]) -> list[str]:
 def open_session(wanted: str, available: Sequence[str], create: Callable[[list[str]], Any]) -> Any:
     """An onnxruntime session on the wanted provider, or with "auto" on the best that works.
 
-    Args:
-        wanted: one of ``PROVIDER_CHOICES``.
-        available: what the installed onnxruntime offers.
-        create: makes a session from a list of provider ids.
+    ``create`` makes a session from a list of provider ids; for the others see ``candidates``.
 
     Raises:
         InputError: the wanted provider is not installed or does not start here.
@@ -101,11 +96,9 @@ def open_session(wanted: str, available: Sequence[str], create: Callable[[list[s
 
 
 def gpu_layers(wanted: str | int, supported: bool) -> int:
-    """Decoder layers to put on a GPU; ``ALL_LAYERS`` for every one.
+    """Decoder layers to put on a GPU for a count, "auto" or "all"; ``ALL_LAYERS`` for every one.
 
-    Args:
-        wanted: a count, "auto" or "all".
-        supported: whether the installed llama.cpp can use a GPU.
+    ``supported`` tells whether the installed llama.cpp can use a GPU.
 
     Raises:
         InputError: layers were asked for, and it cannot.

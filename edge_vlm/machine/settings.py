@@ -102,9 +102,7 @@ class MachineSettings:
     ) -> EngineSettings:
         """What the engines get: what is given here, else ``tuned``, else defaults.
 
-        Args:
-            tuned: of the bundle.
-            precision: of its decoder, on which defaults depend.
+        Defaults depend on the ``precision`` of the bundle's decoder.
         """
         base = tuned or untuned(precision)
         if self.repack is not None and self.repack != base.repack:

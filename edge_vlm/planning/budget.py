@@ -47,13 +47,8 @@ def check_budget(
 ) -> None:
     """Refuse a request that does not fit, and say what would.
 
-    Args:
-        needed: positions of the prompt and of a short answer.
-        sizes_hw: (height, width) of the request's pictures.
-        processor: image processor with the request's tile limit.
-        decoder: the decoder's geometry.
-        kv_budget: bytes.
-        kv_type: element type of the KV cache.
+    ``needed`` are the positions of the prompt and of a short answer, ``sizes_hw`` (height, width)
+    of the pictures; ``processor`` has the request's tile limit, ``kv_budget`` is in bytes.
 
     Raises:
         BudgetError: more positions are needed than there may be.

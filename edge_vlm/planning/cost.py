@@ -82,12 +82,9 @@ def work_bytes(decoder: Decoder, n_context: int, batch_size: int, flash_attentio
 
 
 def arena_bytes(live_bytes: int, tiles_per_call: int = 1, n_calls: int = 1) -> int:
-    """Peak bytes of onnxruntime's arena while ``n_calls`` encode side by side.
+    """Peak bytes of onnxruntime's arena while ``n_calls`` encode ``tiles_per_call`` crops each.
 
-    Args:
-        live_bytes: what one crop needs at once, see ``VisionWork``.
-        tiles_per_call: crops in a call.
-        n_calls: calls at the same time.
+    ``live_bytes`` are what one crop needs at once, see ``VisionWork``.
     """
     growth = ARENA_GROWTH + ARENA_OF_A_STREAM * (n_calls - 1)
     return round(growth * tiles_per_call * live_bytes)

@@ -14,18 +14,13 @@ from edge_vlm.machine.hardware import family, memory_limit
 from edge_vlm.machine.memory import available_bytes, can_forget
 from edge_vlm.planning import cost
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS, limit_tiles
-from edge_vlm.planning.request import (
-    Memory,
-    ModelSizes,
-    RequestPlan,
-    RequestSettings,
-    plan_request,
-)
+from edge_vlm.planning.request import ModelSizes, RequestSettings, plan_request
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import ImageProcessor
     from edge_vlm.machine.engine_settings import EngineSettings
     from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.planning.request import Memory
     from edge_vlm.planning.speeds import Speeds
 
 SPARE = 0.9  # part of the memory that is available now which "auto" lays claim to
@@ -55,16 +50,16 @@ def within_memory(
         together = replace(settings, residency="together")
         limit = memory_limit()
         free = SPARE * min(available_bytes(), limit or available_bytes())
-        if _plan(model, together, engines, processor_family).memory.peak <= free:
+        if _most(model, together, engines, processor_family).peak <= free:
             return together, engines
         return replace(settings, residency="in-turns"), engines
 
-    tried_memory = []
+    needed = []
     for candidate, tried in _candidates(settings, engines, model.processor):
-        plan = _plan(model, candidate, tried, processor_family)
-        if plan.memory.peak <= settings.ram:
-            spare = settings.ram - plan.memory.peak
-            caches = plan.memory.kv_cache + plan.memory.prompt_kv_cache
+        memory = _most(model, candidate, tried, processor_family)
+        if memory.peak <= settings.ram:
+            spare = settings.ram - memory.peak
+            caches = memory.kv_cache + memory.prompt_kv_cache
             fitted = replace(candidate, kv_budget=min(candidate.kv_budget, caches + spare))
             _log.warning(
                 "%.0f MB: %s, KV cache %s, batches of %d, %s; about %.0f MB at the peak",
@@ -73,11 +68,11 @@ def within_memory(
                 candidate.kv_type,
                 tried.batch_size,
                 _tiles(candidate.max_tiles),
-                plan.memory.peak / 1e6,
+                memory.peak / 1e6,
             )
             return fitted, tried
-        tried_memory.append(plan.memory)
-    raise _too_little(settings.ram, min(tried_memory, key=lambda memory: memory.peak))
+        needed.append(memory)
+    raise _too_little(settings.ram, min(needed, key=lambda memory: memory.peak))
 
 
 def _too_little(ram: int, memory: Memory) -> BudgetError:
@@ -121,20 +116,18 @@ def _candidates(
             yield replace(settings, residency=residency, kv_type=kv_type, max_tiles=tiles), step
 
 
-def _plan(
+def _most(
     model: ModelSizes,
     settings: MachineSettings,
     engines: EngineSettings,
     processor_family: str | None,
-) -> RequestPlan:
-    """For the picture that needs the most memory."""
+) -> Memory:
+    """Of the picture that needs the most."""
     processor = limit_tiles(model.processor, settings.max_tiles)
     request = request_settings(settings, engines, processor_family=processor_family)
-    plans = (
-        plan_request(model, *size, request, max_tiles=settings.max_tiles)
-        for size in family_of(processor).largest(processor)
-    )
-    return max(plans, key=lambda plan: plan.memory.peak)
+    sizes = family_of(processor).largest(processor)
+    plans = [plan_request(model, *size, request, max_tiles=settings.max_tiles) for size in sizes]
+    return max((plan.memory for plan in plans), key=lambda memory: memory.peak)
 
 
 def request_settings(
@@ -175,13 +168,7 @@ def tiles_within(
 ) -> int:
     """The most tiles a picture with which the answer begins in ``seconds``, loading not counted.
 
-    Args:
-        seconds: from the question to the first token.
-        sizes: (width, height) of the pictures.
-        model: sizes of the model.
-        settings: as loaded.
-        engines: as loaded.
-        speeds: measured by ``edge-vlm tune``.
+    ``sizes`` are (width, height) of the pictures, ``speeds`` what ``edge-vlm tune`` measured.
 
     Raises:
         BudgetError: there are no speeds, or one tile a picture takes longer.

@@ -12,13 +12,8 @@ from edge_vlm.planning.request import ModelSizes
 if TYPE_CHECKING:
     from edge_vlm.families.base import Released
 
-VISION_BYTES = {
-    "fp32": 4.0,
-    "fp16": 2.0,
-    "int8": 1.0,
-    "int8-static": 1.0,
-    "int4": 0.625,
-}  # a weight
+# Of a weight.
+VISION_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8-static": 1.0, "int4": 0.625}
 EXTERNAL_DATA_BYTES = 256 << 20  # a larger vision graph has its weights in a second file
 DECODER_PRECISIONS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
 

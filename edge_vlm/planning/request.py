@@ -226,13 +226,8 @@ def plan_request(
 ) -> RequestPlan:
     """Plan one question about a picture of ``width`` x ``height`` pixels.
 
-    Args:
-        model: sizes of the model.
-        width: pixels.
-        height: pixels.
-        settings: of the request and the engines.
-        max_tiles: at most so many tiles besides the thumbnail.
-        speeds: measured or estimated ones; without them ``seconds`` is None.
+    ``max_tiles`` limits the tiles besides the thumbnail; without ``speeds``, which may be measured
+    or estimated, ``seconds`` is None.
 
     Raises:
         ImageError: the aspect ratio is not supported.
@@ -241,10 +236,7 @@ def plan_request(
     processor, decoder, work = limit_tiles(model.processor, max_tiles), model.decoder, model.work
     image = plan_image(width, height, processor, decoder, settings.kv_type)
     prompt = image.image_tokens + settings.question_tokens
-    context = min(
-        context_size(prompt + settings.answer_tokens),
-        context_size(decoder.max_sequence_length),
-    )
+    context = context_size(min(prompt + settings.answer_tokens, decoder.max_sequence_length))
     return RequestPlan(
         image=image,
         prompt_tokens=prompt,
@@ -273,9 +265,11 @@ def _memory(
     crop_bytes = 4 * math.prod(processor.crop_shape)
     decoder_weights, table, head, copies, held = _weights(model, settings)
     mode = flash_mode(settings.flash_attention, settings.kv_type, settings.batch_size)
-    own, batch = 0, settings.batch_size
+    own, own_buffers, batch = 0, 0, settings.batch_size
     if mode == "prefill":
         own = _prompt_kv_bytes(decoder, settings, context, image.image_tokens)
+        own_context = context_size(image.image_tokens)
+        own_buffers = _buffers(decoder, settings, own_context, batch, True) if own else 0
         batch = min(batch, SCORES_BATCH)
     vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
     return Memory(
@@ -297,11 +291,7 @@ def _memory(
         kv_cache=cost.kv_bytes(decoder, context, settings.kv_type),
         compute_buffers=_buffers(decoder, settings, context, batch, mode == "on"),
         prompt_kv_cache=own,
-        prompt_buffers=_buffers(
-            decoder, settings, context_size(image.image_tokens), settings.batch_size, True
-        )
-        if own
-        else 0,
+        prompt_buffers=own_buffers,
         residency=settings.residency,
     )
 

@@ -214,7 +214,8 @@ def _show(
         "crops": f"{image.crops} (the thumbnail included)",
         "image tokens": f"{image.image_tokens}",
         "KV cache": f"{memory.kv_cache / 1e6:.1f} MB ({settings.kv_type}), {plan.context}"
-        f" positions: the prompt's {plan.prompt_tokens} and up to {settings.answer_tokens} of the answer",
+        f" positions: the prompt's {plan.prompt_tokens} and up to {settings.answer_tokens} of the"
+        " answer",
         "work": f"vision {_flops(flops.vision + flops.connector)},"
         f" prefill {_flops(flops.prefill)}, then {_flops(flops.decode)} a token",
         "precision": f"vision {sizes.vision.precision}, decoder {sizes.decoder.precision}",
