@@ -107,11 +107,8 @@ class Report(Part):
 
     def text(self) -> str:
         """The table, one line a row."""
-        return "\n".join(f"{label:<13} {value}" for label, value in self.lines())
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Labels and values of a table for people."""
-        return [*self._vision_lines(), *self._decoder_lines()]
+        lines = (*self._vision_lines(), *self._decoder_lines())
+        return "\n".join(f"{label:<13} {value}" for label, value in lines)
 
     def _vision_lines(self) -> Iterator[tuple[str, str]]:
         if vision := self.vision:

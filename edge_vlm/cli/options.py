@@ -108,6 +108,7 @@ engine_options = together(
     ),
     ram_option,
 )
+output_options = together(json_option, verbose_option)
 # What pictures are read.
 image_options = together(
     click.option(

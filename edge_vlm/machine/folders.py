@@ -52,18 +52,16 @@ def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """
     part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
     try:
-        try:
-            with open(part, "xb", opener=_private if private else None) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink()
-            raise
+        with open(part, "xb", opener=_private if private else None) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except OSError as error:
         raise EdgeVLMError(f"{label(path)}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # it is renamed if all went well
+            part.unlink()
 
 
 def _private(path: str, flags: int) -> int:

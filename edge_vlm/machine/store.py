@@ -110,7 +110,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, limit: int, max_entries: int = MAX_ENTRIES) -> None:
-        self._folder = folder
+        self.folder = folder
         self._entries = folder / "entries"
         self._new = folder / "new"
         self._limit = limit
@@ -119,11 +119,6 @@ class Store:
         self._waiting: list[Future[None]] = []
         self._guard = threading.Lock()
         self._warned = False
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-        return self._folder
 
     def read(self, kind: str, key: bytes) -> UInt8 | None:
         """The payload of an entry, or None; a damaged or foreign one is dropped."""
@@ -176,7 +171,7 @@ class Store:
         files = self._files()
         by_kind = {kind: [f for f in files if f.path.suffix == f".{kind}"] for kind in KINDS}
         return StoreInfo(
-            folder=str(self._folder),
+            folder=str(self.folder),
             limit_bytes=self._allowed(files),
             used_bytes=sum(file.size for file in files),
             entries={kind: len(found) for kind, found in by_kind.items()},
@@ -190,7 +185,7 @@ class Store:
             OSError: something cannot be removed, or another process keeps writing.
         """
         before = self.info()
-        if self._folder.is_dir():
+        if self.folder.is_dir():
             with self._locked():
                 for file in self._files():
                     file.path.unlink()
@@ -249,57 +244,50 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
+        finally:
+            with contextlib.suppress(OSError):  # it is renamed if all went well
                 os.unlink(name)
-            raise
 
     def _files(self) -> list[_File]:
         """All entries; debris in ``new`` takes room too but is gone before anything is written."""
         found = []
-        try:
-            with os.scandir(self._entries) as entries:
-                for entry in entries:
-                    try:
-                        info = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # dropped by another process
-                        continue
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._entries) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # dropped by another process
+                    info = entry.stat(follow_symlinks=False)
+                    file = _File(Path(entry.path), _on_disk(info.st_size), info.st_mtime_ns)
                     if not stat.S_ISDIR(info.st_mode):
-                        found.append(
-                            _File(Path(entry.path), _on_disk(info.st_size), info.st_mtime_ns)
-                        )
-        except FileNotFoundError:
-            pass
+                        found.append(file)
         return found
 
     def _allowed(self, files: Sequence[_File]) -> int:
         """The limit as the disk is now."""
-        existing = self._folder
+        existing = self.folder
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
         free = shutil.disk_usage(existing).free + sum(file.size for file in files)
         return min(self._limit, free // FREE_DISK_SHARE)
 
     def _make_folders(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._check_owner()
-        mode = stat.S_IMODE(self._folder.stat().st_mode)
+        mode = stat.S_IMODE(self.folder.stat().st_mode)
         if os.name == "posix" and mode & 0o077:
-            self._folder.chmod(mode & 0o700)
+            self.folder.chmod(mode & 0o700)
         self._entries.mkdir(mode=0o700, exist_ok=True)
         self._new.mkdir(mode=0o700, exist_ok=True)
 
     def _check_owner(self) -> None:
         """Nobody else's entries are read, also where others may write beside the folder."""
-        if hasattr(os, "geteuid") and self._folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{self._folder}: belongs to another user")
+        if hasattr(os, "geteuid") and self.folder.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{self.folder}: belongs to another user")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """The only writer, with nothing left of killed ones."""
         from filelock import FileLock
 
-        with FileLock(self._folder / "lock", timeout=_LOCK_SECONDS, mode=0o600):
+        with FileLock(self.folder / "lock", timeout=_LOCK_SECONDS, mode=0o600):
             for path in self._new.iterdir():
                 path.unlink()
             yield

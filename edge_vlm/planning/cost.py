@@ -102,21 +102,19 @@ def gguf_bytes(decoder: Decoder, precision: str) -> dict[str, int]:
     head = 0 if decoder.tied_head else decoder.vocab_size * decoder.hidden_size
     blocks = decoder.n_layers * block_weights(decoder)
     name = precision.lower()
-    mixes = {"q4_k_m": "q4_K", "q5_k_m": "q5_K"}
-    if name in mixes:
-        better = sum(_gets_more_bits(i, decoder.n_layers) for i in range(decoder.n_layers))
-        value = decoder.hidden_size * decoder.n_kv_heads * decoder.head_dim
-        sixes = better * (value + decoder.hidden_size * decoder.ffn_size)
-        elements = {mixes[name]: blocks - sixes, "q6_K": sixes + (head or table)}
-        elements[mixes[name]] += table if head else 0
-    elif name in ("f32", "f16", "bf16", "q8_0"):
-        elements = {name: blocks + table + head}
-    elif name in ("q4_0", "q6_k", "iq4_xs"):
-        base = "q6_K" if name == "q6_k" else name
-        elements = {base: blocks + (table if head else 0)}
-        elements["q6_K"] = elements.get("q6_K", 0) + (head or table)
-    else:
+    main = {"q4_k_m": "q4_K", "q5_k_m": "q5_K", "q6_k": "q6_K"}.get(name, name)
+    if main not in TENSOR_TYPES:
         return {}
+    if name in ("f32", "f16", "bf16", "q8_0"):
+        elements = {name: blocks + table + head}
+    else:
+        sixes = 0
+        if name.endswith("_k_m"):
+            better = sum(_gets_more_bits(i, decoder.n_layers) for i in range(decoder.n_layers))
+            value = decoder.hidden_size * decoder.n_kv_heads * decoder.head_dim
+            sixes = better * (value + decoder.hidden_size * decoder.ffn_size)
+        elements = {main: blocks - sixes + (table if head else 0)}
+        elements["q6_K"] = elements.get("q6_K", 0) + sixes + (head or table)
     return {kind: round(count * TENSOR_TYPES[kind]) for kind, count in elements.items()}
 
 

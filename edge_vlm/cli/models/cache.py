@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.options import output_options, verbose_option
 from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def command() -> None:
 
 
 @command.command("info")
-@json_option
-@verbose_option
+@output_options
 def info(as_json: bool) -> None:
     """Show the folder, its limit and what is in it."""
     store = _store()

@@ -7,15 +7,14 @@ import json
 
 import click
 
-from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.options import output_options
 from edge_vlm.cli.table import echo_lines
 
 
 @click.command("info")
 @click.argument("model", required=False, envvar="EDGE_VLM_MODEL")
 @click.option("--verify", "again", is_flag=True, help="Hash every file again, also large ones.")
-@json_option
-@verbose_option
+@output_options
 def command(model: str | None, again: bool, as_json: bool) -> None:
     """Show what a bundle is and whether its files are intact.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edge_vlm.cli.exporter import exporter
-from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.options import output_options
 
 
 @click.command("verify")
@@ -24,8 +24,7 @@ from edge_vlm.cli.options import json_option, verbose_option
     metavar="FOLDER|builtin",
     help="Measure on the held-out ones of these pictures; by default on a few built-in ones.",
 )
-@json_option
-@verbose_option
+@output_options
 def command(model: str | None, against: Path | None, samples: str | None, as_json: bool) -> None:
     """Check a bundle: hash its files, run a picture through it, show its report.
 

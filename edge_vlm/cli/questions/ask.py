@@ -12,10 +12,9 @@ import click
 from edge_vlm.cli.options import (
     answer_options,
     cached_image_options,
-    json_option,
     machine_settings,
     model_option,
-    verbose_option,
+    output_options,
 )
 from edge_vlm.cli.session import session
 
@@ -49,8 +48,7 @@ if TYPE_CHECKING:
 )
 @answer_options
 @cached_image_options
-@json_option
-@verbose_option
+@output_options
 def command(
     words: tuple[str, ...],
     model: str | None,

@@ -13,10 +13,9 @@ import click
 from edge_vlm.cli.options import (
     answer_options,
     cached_image_options,
-    json_option,
     machine_settings,
     model_option,
-    verbose_option,
+    output_options,
 )
 from edge_vlm.cli.session import session
 from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
@@ -57,8 +56,7 @@ COMMANDS = ("/help", *(line.split()[0] for line in HELP.splitlines() if line.sta
 )
 @click.option("--no-history", is_flag=True, help="Neither read nor write the history of lines.")
 @cached_image_options
-@json_option
-@verbose_option
+@output_options
 def command(
     images: tuple[str, ...],
     model: str | None,
@@ -78,14 +76,14 @@ def command(
     printf 'What is the total?\\nAnd the date?\\n' | edge-vlm chat receipt.jpg
     """
     from edge_vlm.answering.answer import AskOptions
-    from edge_vlm.cli.choose import pick_model
+    from edge_vlm.cli.choose import pick_model, read_picture
     from edge_vlm.cli.questions.line_input import LineInput
     from edge_vlm.machine.folders import platform_folder
 
     settings, wanted = machine_settings(options)
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     for image in images:
-        _check_picture(image, settings)
+        read_picture(image, settings.max_pixels, settings.image_formats)
     vlm = _load(pick_model(model), settings)
     history = None if no_history else platform_folder("state") / "chat_history"
     with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
@@ -228,12 +226,16 @@ class _Session:
         click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
 
     def image(self, name: str) -> None:
+        from edge_vlm.cli.choose import read_picture
+
         if not name:
             raise InputError("/image: which? /image PATH")
         if name[0] == name[-1] and name[0] in "'\"" and len(name) > 1:
             name = name[1:-1]
         path = str(Path(name).expanduser()) if name.startswith("~") else name
-        width, height = _check_picture(path, self.settings)
+        height, width, _ = read_picture(
+            path, self.settings.max_pixels, self.settings.image_formats
+        ).shape
         self.waiting.append(path)
         _say(f"{path} ({width}x{height}) goes with the next question")
 
@@ -317,20 +319,6 @@ def _load(model: str | None, settings: MachineSettings) -> EdgeVLM:
     [vlm] = run_interruptibly(work)
     loaded: EdgeVLM = vlm
     return loaded
-
-
-def _check_picture(source: str, settings: MachineSettings) -> tuple[int, int]:
-    """Width and height of a picture.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    from edge_vlm.pictures.image import load_image
-
-    pixels = load_image(
-        source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
-    )
-    return pixels.shape[1], pixels.shape[0]
 
 
 def _name(source: Any) -> str:

@@ -14,10 +14,9 @@ from edge_vlm.cli.exporter import exporter
 from edge_vlm.cli.options import (
     Parsed,
     engine_options,
-    json_option,
     max_tiles_option,
     model_option,
-    verbose_option,
+    output_options,
 )
 from edge_vlm.cli.table import format_table
 
@@ -86,8 +85,7 @@ def _picture_size(text: str) -> tuple[int, int]:
 )
 @max_tiles_option
 @engine_options
-@json_option
-@verbose_option
+@output_options
 def command(
     model: str | None,
     synthetic: str | None,

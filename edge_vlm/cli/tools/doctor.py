@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_vlm.cli.options import json_option, verbose_option
+from edge_vlm.cli.options import output_options
 from edge_vlm.cli.session import session
 from edge_vlm.cli.table import echo_lines
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("doctor")
-@json_option
-@verbose_option
+@output_options
 def command(as_json: bool) -> None:
     """Show what this machine is, how the engines were built, and what would make it faster.
 

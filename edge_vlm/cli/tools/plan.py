@@ -12,12 +12,11 @@ import click
 
 from edge_vlm.cli.options import (
     image_options,
-    json_option,
     max_tiles_option,
     max_tokens_option,
     model_option,
+    output_options,
     ram_option,
-    verbose_option,
     within_option,
 )
 from edge_vlm.cli.session import session
@@ -64,8 +63,7 @@ DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq
 @click.option("--compare", is_flag=True, help="Beside other models, for the same picture.")
 @click.option("--paper", is_flag=True, help="The published efficiency table, computed again.")
 @image_options
-@json_option
-@verbose_option
+@output_options
 def command(
     image: str | None,
     model: str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_vlm.cli.options import json_option, model_option, verbose_option
+from edge_vlm.cli.options import model_option, output_options
 from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @model_option
 @click.option("--show", is_flag=True, help="Show what was found earlier, and measure nothing.")
 @click.option("--reset", is_flag=True, help="Forget what was found earlier.")
-@json_option
-@verbose_option
+@output_options
 def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
     """Find the settings that are fastest for a model on this machine, and keep them.
 
