@@ -33,9 +33,8 @@ def chosen_model() -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise BundleError(
-            f"{label(path)}: cannot be read; 'edge-vlm use NAME' writes it anew"
-        ) from error
+        anew = "'edge-vlm use NAME' writes it anew"
+        raise BundleError(f"{label(path)}: cannot be read; {anew}") from error
     if not isinstance(choice, str) or not choice:
         raise BundleError(f"{label(path)}: names no model; 'edge-vlm use NAME' writes it anew")
     return choice

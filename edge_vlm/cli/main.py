@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import NoReturn
@@ -37,20 +36,17 @@ class Commands(click.Group):
     """Built-in commands and those of the entry-point group; imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in alphabetical order."""
         return sorted({*_BUILT_IN, *plugins(GROUP)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
         if cmd_name in _BUILT_IN:
-            room, _ = _BUILT_IN[cmd_name]
-            module = importlib.import_module(f"edge_vlm.cli.{room}.{cmd_name}")
-            command: click.Command = module.command
-            return command
-        if cmd_name in plugins(GROUP):
-            added: click.Command = load_plugin(plugins(GROUP)[cmd_name])
-            return added
-        return None
+            where = f"edge_vlm.cli.{_BUILT_IN[cmd_name][0]}.{cmd_name}:command"
+        elif cmd_name in plugins(GROUP):
+            where = plugins(GROUP)[cmd_name]
+        else:
+            return None
+        command: click.Command = load_plugin(where)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List them without importing any."""

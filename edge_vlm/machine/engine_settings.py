@@ -103,9 +103,8 @@ def untuned(precision: str = "", arm: bool | None = None) -> EngineSettings:
     after the other with all threads, which wait for each other after every operator. Flash
     attention makes prefill faster on x86 and decode slower; on ARM nobody measured it here.
 
-    Args:
-        precision: of the decoder's weights, as in its manifest.
-        arm: whether the machine has such a processor; without it, this machine.
+    ``precision`` is that of the decoder's weights, as in its manifest; with ``arm``, it is for
+    another machine that has such a processor or has not.
     """
     threads = default_threads()
     is_mapped = can_forget() or arm is not None

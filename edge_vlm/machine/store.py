@@ -101,12 +101,8 @@ class Store:
     """Entries in a folder that only the user may read.
 
     Reading and writing never raise what the disk, another process or a damaged entry causes: an
-    entry is then missing, or not kept, and a line goes to this module's logger.
-
-    Args:
-        folder: created when something is kept.
-        limit: bytes.
-        max_entries: of them, see ``MAX_ENTRIES``.
+    entry is then missing, or not kept, and a line goes to this module's logger. The folder is
+    created when something is kept; ``limit`` is in bytes.
     """
 
     def __init__(self, folder: Path, limit: int, max_entries: int = MAX_ENTRIES) -> None:

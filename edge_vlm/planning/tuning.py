@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from edge_vlm.bundle.json_text import first_problem
+from edge_vlm.bundle.json_text import first_problem, why
 from edge_vlm.errors import InputError, label
 from edge_vlm.families.parts import Printable
 from edge_vlm.machine.engine_settings import EngineSettings
@@ -75,19 +75,15 @@ def load_tuning(manifest: Manifest) -> Tuning | None:
     path = tuning_file(manifest)
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_BYTES)
+            stored = _Stored.model_validate_json(file.read(MAX_BYTES), strict=True)
+        return Tuning(stored.settings, stored.speeds, stored.measured_with, stored.date)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        _ignored(path, error.strerror or str(error))
-        return None
-    try:
-        stored = _Stored.model_validate_json(text, strict=True)
-        return Tuning(stored.settings, stored.speeds, stored.measured_with, stored.date)
     except ValidationError as error:
-        _ignored(path, first_problem(error))
-    except InputError as error:
-        _ignored(path, str(error))
+        problem = first_problem(error)
+    except (OSError, InputError) as error:
+        problem = why(error)
+    _log.warning("%s: ignored (%s); 'edge-vlm tune' writes it anew", label(path), problem[:200])
     return None
 
 
@@ -113,9 +109,3 @@ def tuning_line(tuning: Tuning) -> str:
     """One line for people."""
     words = ", ".join(f"{name} {value}" for name, value in setting_words(tuning.settings).items())
     return f"{tuning.date}: {words}"
-
-
-def _ignored(path: Path, why: str) -> None:
-    _log.warning(
-        "%s: ignored (%s); 'edge-vlm tune' writes it anew", label(path), " ".join(why.split())[:200]
-    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import edge_vlm
+from edge_vlm.cli.exporter import exporter
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "onnx", "onnx_ir", "transformers", "numpy", "PIL", "onnxruntime", "llama_cpp")
@@ -133,3 +134,9 @@ def test_the_version_is_the_distributions() -> None:
     from importlib.metadata import version
 
     assert version("edge-vlm") == edge_vlm.__version__
+
+
+def test_an_installation_that_lacks_an_entry_point_says_to_reinstall() -> None:
+    """As an editable one that was made before the entry point was added."""
+    with pytest.raises(edge_vlm.InputError, match="names no no_such_step; reinstall it: pip"):
+        exporter("no_such_step", "verify --against")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.planning.profiles import DeviceProfile
     from edge_vlm.planning.request import Memory, ModelSizes, RequestPlan, RequestSettings
-    from edge_vlm.planning.speeds import Speeds
     from edge_vlm.planning.tuning import Tuning
 
 DEVICES = ("raspberry-pi-5-8gb", "raspberry-pi-5-4gb", "jetson-orin-nano-8gb", "laptop-4core")
@@ -109,14 +108,16 @@ def command(
     profile = PROFILES[device] if device else None
     tuning = load_tuning(manifest) if manifest and not profile else None
     machine, engines, settings = _settings(sizes, profile, tuning, max_tiles, **request)
-    speeds, source = _speeds(sizes, machine.kv_type, profile, tuning)
+    speeds, source = tuning.speeds if tuning else None, "measured on this machine"
+    if profile:
+        speeds, source = profile.speeds(sizes, machine.kv_type), f"estimated for {profile.name}"
     max_tiles = machine.max_tiles
     if within is not None:
         max_tiles = tiles_within(within, [(width, height)], sizes, machine, engines, speeds)
     plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
     if as_json:
         data = plan.to_dict() | ({"device": dataclasses.asdict(profile)} if profile else {})
-        click.echo(json.dumps({**data, "seconds_from": source}))
+        click.echo(json.dumps({**data, "seconds_from": source if speeds else None}))
     else:
         _show(plan, sizes, settings, source, profile)
 
@@ -184,22 +185,11 @@ def _settings(
     return machine, engines, dataclasses.replace(request, **wanted)
 
 
-def _speeds(
-    sizes: ModelSizes, kv_type: str, profile: DeviceProfile | None, tuning: Tuning | None
-) -> tuple[Speeds | None, str | None]:
-    """Speeds, and where they come from; None if nobody knows them."""
-    if profile:
-        return profile.speeds(sizes, kv_type), f"estimated for {profile.name}"
-    if tuning:
-        return tuning.speeds, "measured on this machine"
-    return None, None
-
-
 def _show(
     plan: RequestPlan,
     sizes: ModelSizes,
     settings: RequestSettings,
-    source: str | None,
+    source: str,
     profile: DeviceProfile | None,
 ) -> None:
     image, memory, flops = plan.image, plan.memory, plan.flops
