@@ -18,8 +18,13 @@ nox.options.sessions = ["lint", "types", "docs", "coverage", "engines"]
 
 
 def tool(session: nox.Session, name: str, *arguments: str) -> None:
-    """Run a program of this environment, whether or not it is activated."""
-    session.run(str(Path(sys.executable).with_name(name)), *arguments)
+    """Run a program of this environment, whether or not it is activated.
+
+    Python keeps what it has compiled, also where it is told not to: tests start a few hundred
+    processes, and pytest compiles each test anew for its assertions.
+    """
+    env = {"PYTHONDONTWRITEBYTECODE": ""}
+    session.run(str(Path(sys.executable).with_name(name)), *arguments, env=env)
 
 
 @nox.session
@@ -51,7 +56,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Tests without an engine, and how much of the code they run; less than the floor fails.
+    """Unit tests, and how much of the code they run; less than the floor fails.
 
     Not all tests: to watch every line costs those with an engine a third of their time.
     """
@@ -60,8 +65,14 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """The other tests: those that need llama.cpp, or a model."""
+    """The other tests: those that need llama.cpp or a model, and what hostile input may cost."""
     tool(session, "pytest", "-m", "not unit", *session.posargs)
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """All tests, each that draws its inputs at random with about ten times as many."""
+    tool(session, "pytest", "--hypothesis-profile", "thorough", *session.posargs)
 
 
 @nox.session

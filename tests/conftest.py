@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
+from filelock import FileLock
+from hypothesis import settings
 
 from tests.fake_engine import FakeEngine
 
@@ -24,7 +27,11 @@ NO_ENGINE = Path(__file__).parent / "no_engine"  # what is imported there says t
 ENGINE_FIXTURES = frozenset({"bundle", "run", "vlm"})
 GOLDEN_NAMES = ("tiny-378", "tiny-126-tied")
 COMMAND = shutil.which("edge-vlm", path=str(Path(sys.executable).parent)) or "edge-vlm"
+MAX_WORKERS = 4  # each imports all tests: more are not quicker
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+T = TypeVar("T")
+
+settings.register_profile("thorough", max_examples=1000, deadline=None)
 
 
 @dataclass(frozen=True)
@@ -83,24 +90,41 @@ def golden_cases() -> list[GoldenCase]:
     return [case for name in GOLDEN_NAMES for case in load_golden(name).cases.values()]
 
 
+def examples(few: int, many: int) -> int:
+    """``few`` random inputs, or ``many`` with ``--hypothesis-profile thorough``."""
+    return many if settings.get_current_profile_name() == "thorough" else few
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests are run by a process a core, those that somebody names by this process."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
+    workers = min(cores, MAX_WORKERS)
+    if not is_whole or config.option.keyword or workers == 1:
+        return 0
+    config.option.dist = "worksteal"
+    return workers
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test is marked ``engine`` or ``unit``; unit tests run first.
+    """Every test is marked ``engine``, ``limits`` or ``unit``; those without an engine run first.
 
     An engine test says so with ``pytest.mark.engine``, or uses a fixture that exports a model, runs
-    the command with one or is one.
+    the command with one or is one. ``limits`` says so.
     """
     for item in items:
         if not ENGINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
-        elif not needs_engine(item):
+        elif not needs_engine(item) and item.get_closest_marker("limits") is None:
             item.add_marker("unit")
     items.sort(key=needs_engine)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """In a unit test and its fixtures, llama.cpp cannot be imported, nor in its child processes."""
+    """Llama.cpp can be imported in tests with the mark ``engine`` alone, and their children."""
     with pytest.MonkeyPatch.context() as patch:
         if not needs_engine(item):
             patch.setitem(sys.modules, "llama_cpp", None)
@@ -120,29 +144,52 @@ def golden() -> dict[str, GoldenModel]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of one run of the tests have in common."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared: Path) -> Callable[[str, Callable[[], T]], T]:
+    """``once(name, compute)``: what ``compute`` returns, as JSON; the first to ask computes it."""
+
+    def get(name: str, compute: Callable[[], T]) -> T:
+        path = shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(compute()), encoding="utf-8")
+        found: T = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(shared: Path) -> Callable[..., Path]:
     """``bundle(name, vision="fp32", decoder="f32", target="cpu")``: an exported golden model.
 
     Tests share the folder: copy it before changing anything in it.
     """
-    made: dict[tuple[str, ...], Path] = {}
-    root = tmp_path_factory.mktemp("bundles")
 
     def export(name: str, vision: str = "fp32", decoder: str = "f32", target: str = "cpu") -> Path:
-        from edge_vlm_export import export_checkpoint
+        folder = shared / "-".join(("bundle", name, vision, decoder, target))
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                from edge_vlm_export import export_checkpoint
 
-        key = (name, vision, decoder, target)
-        if key not in made:
-            made[key] = export_checkpoint(
-                GOLDEN / name / "checkpoint",
-                root / "-".join(key),
-                vision=vision,
-                target=target,
-                decoder=decoder,
-                measure=False,
-                name=name,
-            )
-        return made[key]
+                export_checkpoint(
+                    GOLDEN / name / "checkpoint",
+                    folder,
+                    vision=vision,
+                    target=target,
+                    decoder=decoder,
+                    measure=False,
+                    name=name,
+                )
+        return folder
 
     return export
 

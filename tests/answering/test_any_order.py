@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from edge_vlm import Cancelled, CancelToken, Progress
 from tests.answering.test_turns import picture, replayed, spelled, words
+from tests.conftest import examples
 from tests.fake_engine import FakeEngine
 from tests.toy import mrope
 
@@ -139,7 +140,7 @@ class AnyOrderMRope(AnyOrder):
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrderMRope = AnyOrderMRope.TestCase
 TestAnyOrder.settings = TestAnyOrderMRope.settings = settings(
-    max_examples=25,
+    max_examples=examples(25, 500),
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

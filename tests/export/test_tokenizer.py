@@ -22,8 +22,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.conftest import GOLDEN, GOLDEN_NAMES, golden_cases
+from tests.conftest import GOLDEN, GOLDEN_NAMES, examples, golden_cases
 from tests.export_helpers import llama_model, llama_tokenize
+
+pytestmark = pytest.mark.engine
 
 # Letters and digits that Unicode 16 added, in blocks; llama.cpp does not know them yet.
 UNICODE_16 = (
@@ -204,7 +206,7 @@ ANY = st.characters(exclude_categories=["Cs"]).filter(_is_known)
 TEXT = st.lists(st.one_of(HARD, HARD, ANY), max_size=40).map("".join)
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=examples(250, 2000), deadline=None, derandomize=True)
 @given(TEXT)
 @example("!'s 's\n\n  \n 1's")
 def test_any_text(pairs: dict[str, Pair], probe: Pair, text: str) -> None:

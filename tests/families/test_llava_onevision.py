@@ -224,6 +224,7 @@ def test_the_order_of_a_resize(
     np.testing.assert_array_equal(resize_bicubic(np.asarray(image), *target), expected)
 
 
+@pytest.mark.limits
 def test_long_pictures_take_little_memory() -> None:
     """A square around this one would take eleven gigabytes."""
     code = """

@@ -19,7 +19,7 @@ from edge_vlm.families.jina_vlm.tiling import (
     token_block,
 )
 from edge_vlm.pictures.image import load_image
-from tests.conftest import GOLDEN, GoldenCase, golden_cases
+from tests.conftest import GOLDEN, GoldenCase, examples, golden_cases
 
 WITH_IMAGES = [case for case in golden_cases() if case.images]
 
@@ -106,7 +106,7 @@ def test_aspect_ratio_above_200(width: int, height: int) -> None:
         plan_tiling(height, width, IMAGE_PROCESSOR)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100, 2000), deadline=None)
 @given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), tiles=st.integers(1, 16))
 def test_every_patch_token_gets_one_vector(width: int, height: int, tiles: int) -> None:
     processor = IMAGE_PROCESSOR.model_copy(update={"max_crops": tiles})
@@ -124,7 +124,7 @@ def test_every_patch_token_gets_one_vector(width: int, height: int, tiles: int) 
     assert 2 <= plan.n_crops <= tiles + 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(15, 250), deadline=None)
 @given(width=st.integers(1, 900), height=st.integers(1, 900), seed=st.integers(0, 2**32 - 1))
 def test_neighbouring_crops_agree_where_they_overlap(width: int, height: int, seed: int) -> None:
     if max(width, height) > 200 * min(width, height):

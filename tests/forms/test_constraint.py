@@ -18,6 +18,7 @@ from edge_vlm.forms.constraint import Constraint
 from edge_vlm.forms.ending import ends
 from edge_vlm.forms.structure import Form, form_of
 from edge_vlm.forms.vocabulary import Vocabulary, byte_matcher
+from tests.conftest import examples
 from tests.forms.toy import PIECES, STOP, VOCABULARY, answer, spell
 
 
@@ -112,8 +113,8 @@ def test_answers_of_a_schema_are_valid_under_it_whatever_the_limit(schema: Any) 
     )
     found = form(schema)
     least = shortest(found)
-    for seed in range(8):
-        limit = least + 4 * seed
+    for seed in range(n := examples(4, 40)):
+        limit = least + 28 * seed // (n - 1)
         said = answer(found, limit, seed, lead=" ")
         validator.validate(json.loads(said.text))
         assert said.n_tokens <= limit
@@ -146,8 +147,8 @@ PATTERNS = [
 def test_answers_match_their_pattern_whatever_the_limit(pattern: str) -> None:
     found = form(regex=pattern)
     least = shortest(found)
-    for seed in range(20):
-        limit = least + 3 * seed
+    for seed in range(n := examples(6, 60)):
+        limit = least + 57 * seed // (n - 1)
         said = answer(found, limit, seed, lead=" ", plain=float(seed % 3))
         assert re.fullmatch(pattern, said.text), said.text
         assert said.n_tokens <= limit
@@ -267,7 +268,7 @@ def test_an_answer_too_long_for_its_limit_is_refused_at_the_start() -> None:
 def test_alternatives_that_fit_are_found() -> None:
     long = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(9)}}
     schema = {"anyOf": [{**long, "required": list(long["properties"])}, {"enum": ["z" * 30, None]}]}
-    for seed in range(20):
+    for seed in range(examples(8, 40)):
         assert answer(form(schema), 4, seed).text == "null"
 
 

@@ -14,6 +14,7 @@ from edge_vlm import DecoderError, PromptError
 from edge_vlm.forms.ending import ends
 from edge_vlm.forms.structure import Form, form_of
 from edge_vlm.forms.vocabulary import byte_matcher
+from tests.conftest import examples
 from tests.forms.toy import answer
 
 exact = st.builds(
@@ -34,7 +35,7 @@ def accepts(schema: Any, text: str) -> bool:
     return ends(byte_matcher(form(schema).rule, ""), text.encode())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50, 1000), deadline=None)
 @given(quarters, quarters, st.booleans(), st.booleans(), st.integers(0, 2**32))
 def test_numbers_are_within_their_bounds(
     one: float, other: float, is_over: bool, is_under: bool, seed: int
@@ -51,7 +52,7 @@ def test_numbers_are_within_their_bounds(
         assert inside or not accepts(schema, text), text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(80, 2000), deadline=None)
 @given(exact | st.integers(-(2**53), 2**53))
 def test_constants_mean_themselves(value: float) -> None:
     assert json.loads(answer(form({"const": value}), 60, 1).text) == value

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -225,22 +227,23 @@ def measure(attacks: list[tuple[str, str]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, tuple[str, str, float, float]]:
+def measured(once: Callable[..., Any]) -> dict[str, tuple[str, str, float, float]]:
     """By name: error, message, CPU seconds, and the peak memory in MiB of its process so far.
 
     What hangs is missing here, and all that should have come behind it in the same process.
     """
-    attacks = list({**COSTLY, **TOO_MUCH}.items())
-    shares = [attacks[n::N_PROCESSES] for n in range(N_PROCESSES)]
-    with ThreadPoolExecutor(N_PROCESSES) as pool:
-        lines = "".join(pool.map(measure, shares)).splitlines()
-    return {name: tuple(result) for name, result in map(json.loads, lines)}
+
+    def measure_all() -> list[Any]:
+        attacks = list({**COSTLY, **TOO_MUCH}.items())
+        shares = [attacks[n::N_PROCESSES] for n in range(N_PROCESSES)]
+        with ThreadPoolExecutor(N_PROCESSES) as pool:
+            return [json.loads(line) for line in "".join(pool.map(measure, shares)).splitlines()]
+
+    return {name: tuple(result) for name, result in once("template-limits", measure_all)}
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-
-
-@linux
+@pytest.mark.limits
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", [*COSTLY, *TOO_MUCH])
 def test_time_and_memory_are_bounded(
     name: str, measured: dict[str, tuple[str, str, float, float]]
