@@ -97,11 +97,14 @@ def examples(few: int, many: int) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """All tests are run by a process a core, those that somebody names by this process."""
+    """``pytest -m unit`` uses a process a core; what is named otherwise is run by this one.
+
+    Tests with an engine use two threads each, and some measure time and memory.
+    """
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else os.cpu_count() or 1
     workers = min(cores, MAX_WORKERS)
-    if not is_whole or config.option.keyword or workers == 1:
+    if not is_whole or config.option.markexpr != "unit" or config.option.keyword or workers == 1:
         return 0
     config.option.dist = "worksteal"
     return workers
