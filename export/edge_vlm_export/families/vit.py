@@ -112,6 +112,24 @@ class Vit:
         sizes = self.hidden_size, self.patch_values
         return {embedding.product: Linear(*sizes, (embedding.weight,), biases, embedding.stored)}
 
+    def parts(
+        self, n_used: int
+    ) -> tuple[tuple[Stage, ...], dict[str, Linear], dict[str, Shape], dict[str, Shape]]:
+        """Stages up to the last block that is used, their products, their other tensors, and the
+        tensors of the blocks behind it.
+        """
+        stages = self.embedding_stage(), *map(self.block_stage, range(n_used))
+        linears, tensors = self.embedding_linears(), self.embedding_shapes()
+        for index in range(n_used):
+            linears |= self.block_linears(index)
+            tensors |= self.block_shapes(index)
+        unused: dict[str, Shape] = {}
+        for index in range(n_used, self.n_layers):
+            unused |= self.block_shapes(index)
+            for product in self.block_linears(index).values():
+                unused |= product.shapes()
+        return stages, linears, tensors, unused
+
     def embedding_stage(self) -> Stage:
         """``crops`` to ``positioned``."""
         product = self.embedding.product

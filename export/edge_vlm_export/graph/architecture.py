@@ -87,7 +87,7 @@ class Move:
     """A place where channels can be moved out of an activation: who makes it, and who reads it.
 
     ``maker`` is a norm or a product, whose weights then make smaller values, or a name under which
-    the stage finds factors in its recipe's ``rows`` and divides by them; it has no ``n_rows``.
+    the stage divides features by the factors (``Layers.smoothed``); that has no ``n_rows``.
     """
 
     maker: str

@@ -102,6 +102,13 @@ class Layers:
         mixed = g.op("Transpose", f"{name}.mixed.by_patch", mixed, perm=(0, 2, 1, 3))
         return g.op("Reshape", f"{name}.mixed.joined", mixed, self.ints(0, 0, sizes.q_size))
 
+    def smoothed(self, name: str, x: str) -> str:
+        """Divide the features by what was moved out of them under ``name``; see ``Move``."""
+        if name not in self.recipe.rows:
+            return x
+        shares = self.graph.constant("smoothing", 1 / self.recipe.rows[name])
+        return self.graph.op("Mul", "smoothed_features", x, shares)
+
     def matrix(self, name: str, values: Values) -> str:
         """Values that are added, not multiplied with."""
         store = self.graph.half_weight if self.recipe.stores_half else self.graph.weight

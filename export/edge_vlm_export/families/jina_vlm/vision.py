@@ -25,7 +25,6 @@ from edge_vlm_export.graph.architecture import CROPS, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
     from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-    from edge_vlm_export.checkpoint.tensors import Shape
     from edge_vlm_export.families.jina_vlm.config import VisionSettings
     from edge_vlm_export.graph.layers import Layers
 
@@ -44,23 +43,13 @@ _NAMES = BlockNames(
 
 def vision_tower(vision: VisionSettings, images: JinaImageProcessor) -> Tower:
     """Blocks behind the last used hidden state are left out."""
-    vit = _vit(vision, images)
     connector = Connector(vision, images)
-    used = range(vision.n_used_layers)
-    linears, tensors = vit.embedding_linears(), vit.embedding_shapes()
-    for layer in used:
-        linears |= vit.block_linears(layer)
-        tensors |= vit.block_shapes(layer)
-    unused: dict[str, Shape] = {}
-    for layer in range(vision.n_used_layers, vision.n_layers):
-        unused |= vit.block_shapes(layer)
-        for linear in vit.block_linears(layer).values():
-            unused |= linear.shapes()
+    stages, linears, tensors, unused = _vit(vision, images).parts(vision.n_used_layers)
     final = norm_shapes(f"{VISION}post_lnorm", vision.hidden_size)
     (tensors if vision.uses_final_norm else unused).update(final)
     return Tower(
         crop_shape=images.crop_shape,
-        stages=(vit.embedding_stage(), *map(vit.block_stage, used), connector.stage()),
+        stages=(*stages, connector.stage()),
         linears=linears | connector.linears(),
         tensors=tensors | {f"{VISION}{_CONNECTOR}.pad_embed": (2, vision.feature_size)},
         unused=unused,
@@ -190,10 +179,7 @@ class Connector:
         pad_embed = layers.tensors.values(f"{VISION}{_CONNECTOR}.pad_embed", 1, 2)
         pad = layers.matrix(f"{_CONNECTOR}.pad_embed.1", pad_embed)
         x = g.op("Add", "padded_features", features, g.op("Mul", "pad", is_last, pad))
-        if _CONNECTOR not in layers.recipe.rows:
-            return x
-        shares = g.constant("smoothing", 1 / layers.recipe.rows[_CONNECTOR])
-        return g.op("Mul", "smoothed_features", x, shares)
+        return layers.smoothed(_CONNECTOR, x)
 
     def _windows(self, layers: Layers, x: str) -> str:
         """(n_crops, n_patches, feature_size) to (n_windows, patches, feature_size)."""
