@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +48,9 @@ def compare(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fidelity:
-    """Compare a decoder file with the checkpoint it was made from.
+    """Compare the decoder file ``gguf`` with the checkpoint it was made from.
 
-    Args:
-        gguf: the file.
-        model: the checkpoint.
-        prompts: what both compute.
-        threads: for llama.cpp.
-        progress: called with steps done and their total.
+    ``threads`` are llama.cpp's; ``progress`` is called with steps done and their total.
 
     Raises:
         EdgeVLMError: llama.cpp cannot load or run the file.
@@ -69,12 +65,11 @@ def compare(
     )
     with tempfile.TemporaryDirectory(prefix="edge-vlm-") as folder:
         data, result = Path(folder) / "prompts.npz", Path(folder) / "result.npz"
-        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        arrays: dict[str, Any] = {}
         for index, (prompt, rows) in enumerate(zip(prompts, hidden, strict=True)):
             arrays |= {f"ids{index}": prompt.ids, f"rows{index}": prompt.rows}
             arrays[f"hidden{index}"] = rows
-        with data.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs want its own keywords
+        np.savez(data, **arrays)
         call_apart(
             f"{__name__}:compare_here",
             lambda done, _: progress(n_layers + done, total),
@@ -86,12 +81,7 @@ def compare(
             result=str(result),
         )
         with np.load(result) as found:
-            return Fidelity(
-                divergence=found["divergence"],
-                same_top=found["same_top"],
-                nll_reference=found["nll_reference"],
-                nll=found["nll"],
-            )
+            return Fidelity(**found)
 
 
 def compare_here(

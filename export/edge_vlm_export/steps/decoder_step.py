@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm_export.counted import Counted, Progress
-from edge_vlm_export.decoder import imatrix
 from edge_vlm_export.decoder.gguf_file import (
     exact_precision,
     plan_decoder,
     write_decoder,
 )
-from edge_vlm_export.decoder.quantizer import (
-    head_types,
-    quantize_decoder,
-    quantized_bytes,
-    save_imatrix,
-)
+from edge_vlm_export.decoder.quantizer import head_types, quantize_decoder, quantized_bytes
 from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.proof.decoder_report import (
     decoder_file,
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
     from edge_vlm_export.steps.choices import DecoderChoice
 
 _SCRATCH_NAME = "decoder.tmp"
-_IMATRIX_NAME = "imatrix.tmp"
+_IMATRIX_NAME = "imatrix.npz"
 
 
 class DecoderExport:
@@ -117,7 +113,8 @@ class DecoderExport:
         if prompts:
             matrix = path.with_name(_IMATRIX_NAME)
             step = Counted("importance", self._model.text.n_layers, progress)
-            save_imatrix(matrix, imatrix.collect(Reference(self._model), prompts, step.reach))
+            importance: Any = Reference(self._model).importance(prompts, step.reach)
+            np.savez(matrix, **importance)
         quantize_decoder(
             path,
             scratch,
@@ -146,19 +143,14 @@ class DecoderExport:
             return [], []
         stage = Counted("examples", 0, progress)
         calibrating: list[Prompt] = []
+        measuring: list[Prompt] = []
         with PromptMaker(bundle(), self._threads) as maker:
             for sample in split(self._samples)[0] if self._samples else ():
                 calibrating.append(maker.make(sample))
                 stage.reach(len(calibrating), len(self._samples or ()))
-            measuring = (
-                measuring_prompts(
-                    self._samples,
-                    maker,
-                    lambda done, total: stage.reach(
-                        len(calibrating) + done, len(calibrating) + total
-                    ),
+            before = len(calibrating)
+            if self._measure:
+                measuring = measuring_prompts(
+                    self._samples, maker, lambda done, n: stage.reach(before + done, before + n)
                 )
-                if self._measure
-                else []
-            )
         return calibrating, measuring

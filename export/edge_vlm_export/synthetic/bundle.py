@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
@@ -23,7 +24,8 @@ from edge_vlm_export.synthetic.checkpoint import (
     synthesize,
 )
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+if TYPE_CHECKING:
+    from edge_vlm_export.counted import Progress
 
 
 def synthetic_bundle(
@@ -87,8 +89,7 @@ def cached_synthetic_bundle(
     """The bundle of ``synthetic_bundle`` in the cache folder, made when it is not there yet.
 
     Raises:
-        InputError, EdgeVLMError: see ``synthetic_bundle``; only the named configs and recipes are
-            cached.
+        InputError, EdgeVLMError: see ``synthetic_bundle``; a config or recipe is none of the named.
     """
     if config not in configs():
         raise InputError(f"synthetic: {config!r} is none of {', '.join(configs())}")
