@@ -18,9 +18,14 @@ from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.precision import Range, Recipe
 from edge_vlm_export.samples.crops import CalibrationTiles, calibration_tiles, cut_pictures
-from edge_vlm_export.vision.calibration import calibrate
+from edge_vlm_export.vision.calibration import (
+    Inputs,
+    calibrate,
+    clipped_range,
+    input_range,
+    round_to,
+)
 from edge_vlm_export.vision.error_budget import Loss, fit, loss
-from edge_vlm_export.vision.smoothing import Inputs, clipped_range, input_range, round_to
 from edge_vlm_export.vision.stagewise import StagedTower
 from edge_vlm_export.vision.vision_file import VisionFile, write_vision
 from hypothesis import given, settings

@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
 from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.vision.assembly import declare
 
 if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.graph.architecture import Stage
     from edge_vlm_export.graph.precision import Recipe
     from edge_vlm_export.samples.crops import CalibrationTiles
+    from edge_vlm_export.vision.calibration import Inputs
 
 _FATAL = 4
-Observe = Callable[[Mapping[str, Float32]], None]
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,18 @@ class StagedTower:
         """What the first stage reads."""
         return State(tiles.crops, tiles.feed)
 
-    def advance(
-        self, runner: StageRunner, state: State, observe: Observe = lambda inputs: None
-    ) -> State:
+    def advance(self, runner: StageRunner, state: State, seen: Mapping[str, Inputs] = {}) -> State:
         """Run a stage on each tile; returns the state behind it.
 
-        ``observe`` is called for each tile with what every product of the stage read.
+        What every product of the stage reads is added to ``seen``.
         """
         stage, outputs = runner.stage, []
         for index in range(len(state.x)):
             feed = {name: state.values[name][index : index + 1] for name in stage.reads}
             output, inputs = runner.run(feed)
             outputs.append(output)
-            observe(inputs)
+            for product, statistics in seen.items():
+                statistics.add(inputs[product])
         values = state.values | {stage.writes: np.concatenate(outputs)}
         later = self.stages[self.stages.index(stage) + 1 :]
         read = {name for following in later for name in following.reads}

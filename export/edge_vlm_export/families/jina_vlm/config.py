@@ -15,7 +15,6 @@ from pydantic import ConfigDict, Field, model_validator
 from edge_vlm.bundle.json_text import shorten, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,
     Epsilon,
@@ -31,6 +30,7 @@ from edge_vlm_export.checkpoint.config_file import (
     TokenId,
     agree,
     check_same,
+    read_chat_template,
     read_part,
 )
 from edge_vlm_export.families.base import Settings

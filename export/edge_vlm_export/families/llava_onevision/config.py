@@ -16,7 +16,6 @@ from pydantic import AliasChoices, Field, Strict, ValidationError, model_validat
 from edge_vlm.bundle.json_text import first_problem, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
     HubName,
@@ -31,6 +30,7 @@ from edge_vlm_export.checkpoint.config_file import (
     TokenId,
     check_same,
     parse_part,
+    read_chat_template,
     read_part,
 )
 from edge_vlm_export.families.base import Settings
