@@ -39,14 +39,11 @@ class Output:
     kind: gguf.GGMLQuantizationType
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """As numpy has it, the slowest axis first."""
-        return self.values.shape
-
-    @property
     def n_bytes(self) -> int:
         """Size of the stored values."""
-        return math.prod(self.shape) * (4 if self.kind == gguf.GGMLQuantizationType.F32 else 2)
+        return math.prod(self.values.shape) * (
+            4 if self.kind == gguf.GGMLQuantizationType.F32 else 2
+        )
 
 
 def exact_precision(model: Model) -> str:
@@ -104,7 +101,7 @@ def write_decoder(
         for output in outputs:
             writer.add_tensor_info(
                 output.name,
-                output.shape,
+                output.values.shape,
                 np.dtype(np.float32),
                 output.n_bytes,
                 raw_dtype=output.kind,

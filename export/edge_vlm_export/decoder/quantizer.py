@@ -116,8 +116,8 @@ def quantize_decoder(
         target=str(target),
         kind=kind,
         threads=threads,
-        head=head,
-        embedding=embedding,
+        output_tensor_type=head,
+        token_embedding_type=embedding,
         imatrix=str(imatrix) if imatrix else None,
     )
 
@@ -129,9 +129,8 @@ def quantize_here(
     target: str,
     kind: str,
     threads: int,
-    head: str | None,
-    embedding: str | None,
     imatrix: str | None,
+    **types: str | None,
 ) -> None:
     """``quantize_decoder`` in this process; progress is read off the growing file."""
     llama_cpp = api()
@@ -140,10 +139,9 @@ def quantize_here(
     params.nthread = threads
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     params.max_buf_size = MAX_BUFFER_BYTES
-    if head:
-        params.output_tensor_type = _ggml_type(head)
-    if embedding:
-        params.token_embedding_type = _ggml_type(embedding)
+    for key, wanted in types.items():
+        if wanted:
+            setattr(params, key, _ggml_type(wanted))
     entries = _imatrix_entries(llama_cpp, imatrix) if imatrix else None
     if entries is not None:
         params.imatrix = entries

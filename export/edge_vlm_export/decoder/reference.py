@@ -119,11 +119,6 @@ class Reference:
         normed: Float32 = rows / np.sqrt(scale) * weight
         return normed
 
-    def layer(self, index: int) -> dict[str, Float32]:
-        """The weights of a block by llama.cpp's names."""
-        decoder, tensors = self._model.decoder, self._model.tensors
-        return {part: decoder.part(tensors, index, part).read() for part in decoder.layer(index)}
-
 
 class _Block:
     """One layer with its weights in memory."""
@@ -131,7 +126,10 @@ class _Block:
     def __init__(self, reference: Reference, layer: int, on_matmul: OnMatmul) -> None:
         self._reference, self._on_matmul = reference, on_matmul
         self._text, self._target = reference._text, f"blk.{layer}."
-        self._weights = reference.layer(layer)
+        decoder, tensors = reference._model.decoder, reference._model.tensors
+        self._weights = {  # by llama.cpp's names
+            part: decoder.part(tensors, layer, part).read() for part in decoder.layer(layer)
+        }
         # What reads the same vectors is one product.
         self._matrices: dict[tuple[str, ...], Float32] = {
             names: self._take(names, ".weight")

@@ -55,11 +55,6 @@ class Linear:
     scale: str | None = None  # a tensor (n_out,) that multiplies what comes out
     n_added: int = 1  # products that a residual stream sums up, this one among them
 
-    @property
-    def n_weights(self) -> int:
-        """Values of the weight."""
-        return self.n_out * self.n_in
-
     def shapes(self) -> dict[str, Shape]:
         """The tensors' names and shapes; stacked ones are of equal size."""
         rows = {name: (self.n_out // len(self.weights),) for name in self.weights}
@@ -129,11 +124,6 @@ class Tower:
     def products(self) -> tuple[str, ...]:
         """All products, in the order of computation."""
         return tuple(name for stage in self.stages for name in stage.products)
-
-    @property
-    def out_shape(self) -> Shape:
-        """(tokens_per_crop, hidden_size)."""
-        return self.stages[-1].shape
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor that the result depends on."""

@@ -8,7 +8,7 @@ vision tower's activations can be.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,7 @@ _WORDS = "receipt total date 2024 paper street open Montag señal 3.50 % north i
 
 def drawn_conversations(number: int) -> Iterator[Drawn]:
     """One of each kind, the same for each number."""
-    kinds: tuple[Callable[[random.Random], Drawn], ...] = (
-        _receipt,
-        _chart,
-        _shapes,
-        _sign,
-        _table,
-        _scene,
-        _page,
-    )
-    for kind in kinds:
+    for kind in (_receipt, _chart, _shapes, _sign, _table, _scene, _page):
         yield kind(random.Random(f"{kind.__name__} {number}"))  # noqa: S311 - always the same
 
 

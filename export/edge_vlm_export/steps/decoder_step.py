@@ -31,7 +31,7 @@ from edge_vlm_export.samples.prompts import PromptMaker
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
     from edge_vlm_export.families.opened import Model
-    from edge_vlm_export.steps.choices import DecoderChoice
+    from edge_vlm_export.steps.choices import Choices
 
 _SCRATCH_NAME = "decoder.tmp"
 _IMATRIX_NAME = "imatrix.npz"
@@ -44,26 +44,26 @@ class DecoderExport:
         InputError: the choice does not fit the model, or the calibration folder cannot be used.
     """
 
-    def __init__(self, model: Model, choice: DecoderChoice) -> None:
-        self._model, self.choice = model, choice
-        self._samples = None if choice.calibrate is None else read_samples(choice.calibrate)
-        self._measure = choice.quantized if choice.measure is None else choice.measure
-        self._precision = exact_precision(model) if choice.quantized else choice.kind
+    def __init__(self, model: Model, choices: Choices) -> None:
+        self._model, self._choices = model, choices
+        self._samples = None if choices.calibrate is None else read_samples(choices.calibrate)
+        self._precision = exact_precision(model) if choices.quantizes else choices.decoder
         self._outputs = plan_decoder(model, self._precision)
         width = model.text.hidden_size
-        self._head, self._embedding = head_types(model.tied, width, choice.head, choice.embedding)
+        wanted = choices.decoder_head, choices.decoder_embedding
+        self._head, self._embedding = head_types(model.tied, width, *wanted)
         self.n_bytes = sum(output.n_bytes for output in self._outputs)
-        n_values = sum(math.prod(output.shape) for output in self._outputs)
+        n_values = sum(math.prod(output.values.shape) for output in self._outputs)
         n_table = (1 if model.tied else 2) * model.text.n_ids * width
         self._n_quantized = (
-            quantized_bytes(choice.kind, n_values, n_table) if choice.quantized else 0
+            quantized_bytes(choices.decoder, n_values, n_table) if choices.quantizes else 0
         )
         self._threads = MachineSettings.from_environment().engine_settings().threads
 
     @property
     def scratch_bytes(self) -> int:
         """Of ``total_bytes``, those that are needed only for a while."""
-        return self.n_bytes if self.choice.quantized else 0
+        return self.n_bytes if self._choices.quantizes else 0
 
     @property
     def total_bytes(self) -> int:
@@ -85,21 +85,21 @@ class DecoderExport:
             CheckpointError: a tensor cannot be read or does not fit the precision.
             EdgeVLMError: llama.cpp or onnxruntime failed.
         """
-        model, choice = self._model, self.choice
+        model, choices = self._model, self._choices
         written = Counted("decoder", self.n_bytes, progress)
         write_decoder(
             path, model, self._outputs, precision=self._precision, name=name, written=written
         )
         calibrating, measuring = self._prompts(bundle, progress)
-        calibration = self._quantize(path, calibrating, progress) if choice.quantized else None
+        calibration = self._quantize(path, calibrating, progress) if choices.quantizes else None
         report = None
-        if self._measure:
+        if choices.measures_decoder:
             report = decoder_report(
                 path,
                 model,
                 measuring,
-                source=source_name(choice.calibrate),
-                max_divergence=choice.max_divergence,
+                source=source_name(choices.calibrate),
+                max_divergence=choices.max_divergence,
                 threads=self._threads,
                 progress=Counted("compare", 0, progress).reach,
             )
@@ -118,7 +118,7 @@ class DecoderExport:
         quantize_decoder(
             path,
             scratch,
-            self.choice.kind,
+            self._choices.decoder,
             threads=self._threads,
             head=self._head,
             embedding=self._embedding,
@@ -130,7 +130,7 @@ class DecoderExport:
             return None
         matrix.unlink()
         return Calibration(
-            source=source_name(self.choice.calibrate),
+            source=source_name(self._choices.calibrate),
             n_prompts=len(prompts),
             n_positions=sum(len(prompt.ids) for prompt in prompts),
         )
@@ -139,7 +139,7 @@ class DecoderExport:
         self, bundle: Callable[[], Bundle], progress: Progress | None
     ) -> tuple[list[Prompt], list[Prompt]]:
         """Those to calibrate with and those to measure on; the engines are freed again."""
-        if self._samples is None and not self._measure:
+        if self._samples is None and not self._choices.measures_decoder:
             return [], []
         stage = Counted("examples", 0, progress)
         calibrating: list[Prompt] = []
@@ -149,7 +149,7 @@ class DecoderExport:
                 calibrating.append(maker.make(sample))
                 stage.reach(len(calibrating), len(self._samples or ()))
             before = len(calibrating)
-            if self._measure:
+            if self._choices.measures_decoder:
                 measuring = measuring_prompts(
                     self._samples, maker, lambda done, n: stage.reach(before + done, before + n)
                 )

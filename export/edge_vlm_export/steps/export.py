@@ -21,10 +21,9 @@ from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.decoder.quantizer import MIXTURES, quantized_bytes
 from edge_vlm_export.families.opened import Description, Model
 from edge_vlm_export.graph.onnx_graph import EXTERNAL_DATA_BYTES
-from edge_vlm_export.graph.precision import Recipe
 from edge_vlm_export.proof.open_check import verify_bundle
 from edge_vlm_export.samples.crops import chosen_tiles
-from edge_vlm_export.steps.choices import DecoderChoice, VisionChoice
+from edge_vlm_export.steps.choices import Choices
 from edge_vlm_export.steps.decoder_step import DecoderExport
 from edge_vlm_export.steps.description import build_manifest, model_identity, record_files, unhashed
 from edge_vlm_export.vision.vision_file import largest_bytes, write_vision
@@ -56,12 +55,10 @@ def export_checkpoint(
 ) -> Path:
     """Write the checkpoint in folder ``checkpoint`` as a bundle to the new folder ``out``.
 
-    ``vision`` to ``min_cosine`` are described at ``choices.VisionChoice``, ``decoder`` to
-    ``decoder_embedding`` and ``max_divergence`` at ``choices.DecoderChoice``, ``calibrate`` and
-    ``measure`` at both. ``allow_loss`` keeps a bundle that loses more than they allow. ``name`` is
-    the model's, by default the one the checkpoint tells. ``overwrite`` replaces an existing bundle,
-    at the very end, in one step. Vision weights larger than ``external_data_bytes`` go to
-    ``vision.onnx.data``.
+    ``vision`` to ``max_divergence`` are described at ``choices.Choices``. ``allow_loss`` keeps a
+    bundle that loses more than they allow. ``name`` is the model's, by default the one the
+    checkpoint tells. ``overwrite`` replaces an existing bundle, at the very end, in one step.
+    Vision weights larger than ``external_data_bytes`` go to ``vision.onnx.data``.
 
     ``progress`` is called with a step, what is done and the total, in bytes where files are written
     or read; an exception it raises stops the export and leaves nothing behind. ``notice`` is called
@@ -73,13 +70,16 @@ def export_checkpoint(
         InputError: ``out`` exists, or something else that was given cannot be used.
         EdgeVLMError: writing failed, or the bundle loses more than the limits allow.
     """
-    batch = 1 if static_shapes else None
-    seeing = VisionChoice(vision, target, batch, min_cosine, calibrate, measure)
-    heads = decoder_head, decoder_embedding
-    answering = DecoderChoice(decoder, *heads, calibrate, measure, max_divergence)
-    out = Path(out)
+    seeing = vision, target, static_shapes, min_cosine
+    answering = decoder, decoder_head, decoder_embedding
+    choices = Choices(*seeing, *answering, calibrate, measure, max_divergence)
+    checkpoint, out = Path(checkpoint), Path(out)
     check_target(out, overwrite)
-    export = _Export(_outside(Path(checkpoint), out), name, seeing, answering)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
+    if checkpoint.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: the checkpoint itself lies there")
+    export = _Export(checkpoint, name, choices)
     export.announce(out.parent, notice)
     with new_folder(out, overwrite) as folder:
         report, files = export.write(folder, external_data_bytes, progress)
@@ -92,42 +92,31 @@ def export_checkpoint(
     return out
 
 
-def _outside(checkpoint: Path, out: Path) -> Path:
-    """The checkpoint's folder, which may not be replaced by its own bundle."""
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: the checkpoint itself lies there")
-    return checkpoint
-
-
 class _Export:
     """A checkpoint that was found fit to be exported as is wanted; nothing is written yet."""
 
-    def __init__(
-        self, checkpoint: Path, name: str | None, seeing: VisionChoice, answering: DecoderChoice
-    ) -> None:
+    def __init__(self, checkpoint: Path, name: str | None, choices: Choices) -> None:
         if name is not None and not 1 <= len(name) <= 200:
             raise InputError("name: expected 1 to 200 characters")
         self.model = model = Model(checkpoint)
         self.identity = model_identity(model, name)
-        self.seeing = seeing
-        self.vision_bytes = largest_bytes(model, seeing.precision)
-        self.tiles = chosen_tiles(seeing.calibrate, model) if seeing.measured else None
-        self.answering = DecoderExport(model, answering)
+        self.choices = choices
+        self.vision_bytes = largest_bytes(model, choices.vision)
+        self.tiles = chosen_tiles(choices.calibrate, model) if choices.measures_vision else None
+        self.decoder = DecoderExport(model, choices)
 
     def announce(self, parent: Path, notice: Callable[[str], None] | None) -> None:
         """Tell what goes to disk and check that there is room for it."""
-        total = self.vision_bytes + self.answering.total_bytes
+        total = self.vision_bytes + self.decoder.total_bytes
         if notice:
-            scratch = self.answering.scratch_bytes
+            scratch = self.decoder.scratch_bytes
             passing = f", {size_text(scratch)} of it until the decoder is quantized"
             notice(f"needs {size_text(total)} in {parent.resolve()}{passing if scratch else ''}")
         check_space(parent, total)
 
     def manifest(self, records: dict[str, FileRecord], report: Report | None) -> Manifest:
         """What is known of the bundle."""
-        precisions = self.seeing.precision, self.answering.choice.kind
+        precisions = self.choices.vision, self.choices.decoder
         return build_manifest(self.model, self.identity, records, *precisions, report)
 
     def write(
@@ -139,8 +128,8 @@ class _Export:
             self.model,
             folder / VISION_NAME,
             self.tiles,
-            Recipe(self.seeing.precision, self.seeing.target, self.seeing.batch),
-            min_cosine=self.seeing.min_cosine,
+            self.choices.recipe,
+            min_cosine=self.choices.min_cosine,
             progress=Counted("fit vision", 0, progress if self.tiles else None).reach,
             written=written,
             external_bytes=external_bytes,
@@ -152,7 +141,7 @@ class _Export:
         def so_far() -> Bundle:
             return Bundle(folder, self.manifest(unhashed(files), None))
 
-        stored, answered = self.answering.write(path, self.identity.name, so_far, progress)
+        stored, answered = self.decoder.write(path, self.identity.name, so_far, progress)
         return Report(vision=seen.report, decoder=answered, decoder_file=stored), files
 
     def finish(

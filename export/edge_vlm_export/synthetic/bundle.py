@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import Bundle
@@ -43,9 +43,9 @@ def synthetic_bundle(
     How much the bundle loses against it is not measured: its answers mean nothing.
 
     Args:
-        config: "jina-vlm", "demo", or a folder with a checkpoint's settings files.
+        config: See ``synthesize``, also for ``out`` and ``seed``.
         recipe: Name of a recipe, see ``recipes.py``.
-        out: Folder to create; its parent has to exist.
+        out: Folder to create.
         seed: Of the random numbers.
         progress: See ``export_checkpoint``; the first stage is "weights".
         notice: Called with a line about what the export will need.
@@ -60,12 +60,13 @@ def synthetic_bundle(
     n_values = sum(math.prod(shape) for shape in Description(source).shapes().values())
     # The checkpoint, the decoder before it is quantized, and what becomes of both.
     check_space(out.parent, 3 * BYTES_PER_VALUE * n_values)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        checkpoint = synthesize(source, scratch / "checkpoint", seed=seed, progress=progress)
+    with TemporaryDirectory(
+        prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        checkpoint = synthesize(source, Path(scratch, "checkpoint"), seed=seed, progress=progress)
         bundle = export_checkpoint(
             checkpoint,
-            scratch / "bundle",
+            Path(scratch, "bundle"),
             name=f"random-{config if config in configs() else source.name}",
             progress=progress,
             notice=notice,
@@ -73,10 +74,7 @@ def synthetic_bundle(
             allow_loss=True,
             **chosen.options(),
         )
-        bundle.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return out
+        return bundle.rename(out)
 
 
 def cached_synthetic_bundle(

@@ -40,7 +40,7 @@ def build_vision(model: Model, precision: str | Recipe) -> Graph:
     for stage in tower.stages:
         stage.add(layers)
     features = tower.stages[-1].writes
-    shape = (layers.n_crops, *tower.out_shape)
+    shape = (layers.n_crops, *tower.stages[-1].shape)
     g.mark(features, shape)
     added = model.added_row()
     if added is None:

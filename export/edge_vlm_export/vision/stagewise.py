@@ -41,7 +41,7 @@ class StagedTower:
         self.linears = model.tower.linears
         self.stages = model.tower.stages
         self.products = model.tower.products
-        self.n_weights = sum(self.linears[name].n_weights for name in self.products)
+        self.n_weights = sum(linear.n_out * linear.n_in for linear in self.linears.values())
 
     def runner(self, stage: Stage, recipe: Recipe) -> StageRunner:
         """A session of one stage; drop it before making the next one."""
@@ -108,11 +108,13 @@ class StageRunner:
         return values[self.stage.writes], {name: values[x] for name, x in self._reads.items()}
 
 
-def session(model: bytes | str) -> Any:
+def session(model: bytes | str, optimized: bool = True) -> Any:
     """A quiet onnxruntime session for a model in memory or a path."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False  # gives memory back after each run
     # Small runs with work of our own between them: a thread that waits must not hold a core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

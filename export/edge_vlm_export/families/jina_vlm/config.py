@@ -37,7 +37,6 @@ from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
 from edge_vlm_export.graph.architecture import AttentionSizes
 
-RUNTIME_KEYS = tuple(JinaImageProcessor.model_fields)
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
 
 
@@ -351,7 +350,8 @@ class Preprocessor(JinaImageProcessor):
 
     def image_processor(self) -> JinaImageProcessor:
         """The runtime's part."""
-        return JinaImageProcessor(**{key: getattr(self, key) for key in RUNTIME_KEYS})
+        keys = JinaImageProcessor.model_fields
+        return JinaImageProcessor(**{key: getattr(self, key) for key in keys})
 
 
 class Processor(Part):
