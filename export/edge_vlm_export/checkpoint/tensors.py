@@ -164,9 +164,7 @@ class Checkpoint:
     def open(cls, folder: Path, rename: Rename = lambda name: name) -> Checkpoint:
         """Read the headers of ``model.safetensors``, or of all files its index names.
 
-        Args:
-            folder: the checkpoint's.
-            rename: gives a stored tensor the name it goes by here; None leaves it out.
+        ``rename`` gives a stored tensor the name it goes by here; None leaves it out.
 
         Raises:
             CheckpointError: a file is missing, cut off or malformed, or the index is, or two

@@ -40,6 +40,7 @@ SPLITS = {
         "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" + _QWEN2,
     )
 }
+RULES = {regex: name for name, regexes in SPLITS.items() for regex in regexes}
 # llama.cpp turns these into ordinary tokens whatever the file says, so typed text could become one.
 _UNPROTECTED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
@@ -95,15 +96,10 @@ class SplitPattern(Part):
 
     regex: str = Field(validation_alias="Regex")
 
-    @property
-    def rule(self) -> str:
-        """Its name."""
-        return next(name for name, regexes in SPLITS.items() if self.regex in regexes)
-
     @field_validator("regex")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if not any(value in regexes for regexes in SPLITS.values()):
+        if value not in RULES:
             raise wrong("", value, f"which is not the splitting rule of {' or '.join(SPLITS)}")
         return value
 
@@ -197,7 +193,7 @@ def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
         merges=_merges(file.model.merges, path, tokens),
         special=special,
         normalizer=file.normalizer.type if file.normalizer else None,
-        pre=file.pre_tokenizer.pretokenizers[0].pattern.rule,
+        pre=RULES[file.pre_tokenizer.pretokenizers[0].pattern.regex],
     )
 
 

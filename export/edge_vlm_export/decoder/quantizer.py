@@ -103,7 +103,7 @@ def quantize_decoder(
         threads: of the quantizer.
         head: type of the output head, see ``head_types``.
         embedding: type of the token table.
-        imatrix: an ``.npz`` with an array of float32 for each tensor, see ``reference.importance``.
+        imatrix: an ``.npz`` with what ``Reference.importance`` found.
         progress: called with the bytes written so far.
 
     Raises:

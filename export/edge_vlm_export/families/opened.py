@@ -71,11 +71,7 @@ class Model(Description):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Vocabulary and merges.
-
-        Raises:
-            CheckpointError: see ``Family.read_tokenizer``.
-        """
+        """Vocabulary and merges; see ``Family.read_tokenizer``."""
         return self.family.read_tokenizer(self.folder, self.settings)
 
     def added_row(self) -> tuple[str, Values] | None:

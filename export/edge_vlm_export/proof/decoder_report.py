@@ -94,15 +94,13 @@ def decoder_file(path: Path, calibration: Calibration | None) -> DecoderFile:
     types = {tensor.name: tensor.tensor_type.name.lower() for tensor in tensors}
     # Norms are f32 in every file.
     weights = [name for name, kind in types.items() if kind != "f32"] or list(types)
-    usual = Counter(types[name] for name in weights).most_common(1)[0][0]
-    bits = {name: type_bits(types[name]) for name in weights}
-    n_bytes, n_values = (
-        sum(int(getattr(t, n)) for t in tensors) for n in ("n_bytes", "n_elements")
-    )
+    usual = type_bits(Counter(types[name] for name in weights).most_common(1)[0][0])
+    n_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+    n_values = sum(int(tensor.n_elements) for tensor in tensors)
     return DecoderFile(
         n_bytes=path.stat().st_size,
         bits_per_weight=8 * n_bytes / n_values,
         types=dict(Counter(types.values()).most_common()),
-        kept=tuple(name for name in weights if bits[name] > type_bits(usual)),
+        kept=tuple(name for name in weights if type_bits(types[name]) > usual),
         calibration=calibration,
     )

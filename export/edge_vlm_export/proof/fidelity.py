@@ -64,13 +64,13 @@ def compare(
         progress=lambda layers: progress(layers, total),
     )
     with tempfile.TemporaryDirectory(prefix="edge-vlm-") as folder:
-        data, result = Path(folder) / "prompts.npz", Path(folder) / "result.npz"
+        data = Path(folder) / "prompts.npz"
         arrays: dict[str, Any] = {}
         for index, (prompt, rows) in enumerate(zip(prompts, hidden, strict=True)):
             arrays |= {f"ids{index}": prompt.ids, f"rows{index}": prompt.rows}
             arrays[f"hidden{index}"] = rows
         np.savez(data, **arrays)
-        call_apart(
+        found = call_apart(
             f"{__name__}:compare_here",
             lambda done, _: progress(n_layers + done, total),
             gguf=str(gguf),
@@ -78,10 +78,8 @@ def compare(
             data=str(data),
             n_prompts=len(prompts),
             threads=threads,
-            result=str(result),
         )
-        with np.load(result) as found:
-            return Fidelity(**found)
+    return Fidelity(*map(np.array, zip(*found, strict=True)))
 
 
 def compare_here(
@@ -92,9 +90,8 @@ def compare_here(
     data: str,
     n_prompts: int,
     threads: int,
-    result: str,
-) -> None:
-    """``compare`` in this process, from files to a file."""
+) -> list[tuple[float, bool, float, float]]:
+    """``compare`` in this process, from files; what ``distance`` gives for each position."""
     from edge_vlm_export.decoder.logits import Run, loaded
 
     reference = Reference(Model(Path(checkpoint)))
@@ -114,8 +111,7 @@ def compare_here(
                 progress(index + 1, n_prompts)
         finally:
             run.close()
-    divergence, same_top, nll_reference, nll = map(np.array, zip(*parts, strict=True))
-    np.savez(result, divergence=divergence, same_top=same_top, nll_reference=nll_reference, nll=nll)
+    return parts
 
 
 def distance(

@@ -15,10 +15,12 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 UInt8 = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
 Drawn = tuple[UInt8, tuple[tuple[str, str], ...]]  # (height, width, 3), questions and answers
 
 _SIDE = 378  # pixels: one tile and the thumbnail with jina-vlm's released sizes
 _LARGE = 512
+_INK = (25, 25, 30)
 _WORDS = "receipt total date 2024 paper street open Montag señal 3.50 % north invoice été 17:45"
 
 
@@ -234,19 +236,14 @@ def _page(rng: random.Random) -> Drawn:
 
 
 def _canvas(
-    colour: tuple[int, int, int], width: int = _SIDE, height: int = _SIDE
+    colour: Colour, width: int = _SIDE, height: int = _SIDE
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (width, height), colour)
     return image, ImageDraw.Draw(image)
 
 
 def _write(
-    draw: ImageDraw.ImageDraw,
-    x: float,
-    y: float,
-    text: str,
-    size: int,
-    colour: tuple[int, int, int] = (25, 25, 30),
+    draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, colour: Colour = _INK
 ) -> None:
     draw.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
 

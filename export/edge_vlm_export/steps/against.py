@@ -38,8 +38,8 @@ def measure_bundle(
     Args:
         bundle: a verified bundle.
         checkpoint: the folder it was exported from.
-        samples: "builtin" or a folder, see ``calibration.read_samples``: measure on all its
-            held-out prompts; by default on a few built-in ones.
+        samples: "builtin" or a folder, see ``read_samples``: measure on all its held-out prompts;
+            by default on a few built-in ones.
         progress: called with a stage, what is done and the total.
 
     Raises:

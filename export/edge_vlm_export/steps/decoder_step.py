@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.steps.choices import Choices
 
-_SCRATCH_NAME = "decoder.tmp"
-_IMATRIX_NAME = "imatrix.npz"
-
 
 class DecoderExport:
     """Plans the decoder when made; ``write`` carries it out.
@@ -55,31 +52,18 @@ class DecoderExport:
         self.n_bytes = sum(output.n_bytes for output in self._outputs)
         n_values = sum(math.prod(output.values.shape) for output in self._outputs)
         n_table = (1 if model.tied else 2) * model.text.n_ids * width
-        self._n_quantized = (
-            quantized_bytes(choices.decoder, n_values, n_table) if choices.quantizes else 0
-        )
+        quantized = quantized_bytes(choices.decoder, n_values, n_table) if choices.quantizes else 0
+        self.total_bytes = self.n_bytes + quantized  # on disk at once, of which
+        self.scratch_bytes = self.n_bytes if choices.quantizes else 0  # for a while
         self._threads = MachineSettings.from_environment().engine_settings().threads
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Of ``total_bytes``, those that are needed only for a while."""
-        return self.n_bytes if self._choices.quantizes else 0
-
-    @property
-    def total_bytes(self) -> int:
-        """The most that is on disk at once."""
-        return self.n_bytes + self._n_quantized
 
     def write(
         self, path: Path, name: str, bundle: Callable[[], Bundle], progress: Progress | None
     ) -> tuple[DecoderFile, DecoderReport | None]:
-        """Write ``decoder.gguf`` and measure it.
+        """Write ``decoder.gguf`` beside ``vision.onnx`` and measure it.
 
-        Args:
-            path: the file; ``vision.onnx`` is there already.
-            name: the model's.
-            bundle: gives the bundle as it is so far, the decoder not quantized yet.
-            progress: see ``export_checkpoint``.
+        ``name`` is the model's; ``bundle`` gives the bundle as it is so far, the decoder not
+        quantized yet.
 
         Raises:
             CheckpointError: a tensor cannot be read or does not fit the precision.
@@ -109,9 +93,9 @@ class DecoderExport:
         self, path: Path, prompts: list[Prompt], progress: Progress | None
     ) -> Calibration | None:
         """Put the quantized file in place of the other."""
-        scratch, matrix = path.with_name(_SCRATCH_NAME), None
+        scratch, matrix = path.with_name("decoder.tmp"), None
         if prompts:
-            matrix = path.with_name(_IMATRIX_NAME)
+            matrix = path.with_name("imatrix.npz")
             step = Counted("importance", self._model.text.n_layers, progress)
             importance: Any = Reference(self._model).importance(prompts, step.reach)
             np.savez(matrix, **importance)
@@ -123,7 +107,7 @@ class DecoderExport:
             head=self._head,
             embedding=self._embedding,
             imatrix=matrix,
-            progress=Counted("quantize", self._n_quantized, progress).reach,
+            progress=Counted("quantize", self.total_bytes - self.n_bytes, progress).reach,
         )
         scratch.replace(path)
         if matrix is None:

@@ -66,9 +66,6 @@ def synthesize(
         progress: Called with "weights", the bytes done and the bytes in total. An exception it
             raises stops the work and leaves nothing behind.
 
-    Returns:
-        ``out``.
-
     Raises:
         CheckpointError: the settings files are missing, malformed or not supported.
         InputError: ``out`` exists or the disk lacks room.

@@ -21,18 +21,17 @@ from onnx import TensorProto, helper
 
 from edge_vlm_export.graph.architecture import CROPS
 from edge_vlm_export.graph.layers import Layers
-from edge_vlm_export.graph.precision import Recipe
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.graph.onnx_graph import Graph
+    from edge_vlm_export.graph.precision import Recipe
 
 PRODUCER = "edge-vlm"
 
 
-def build_vision(model: Model, precision: str | Recipe) -> Graph:
+def build_vision(model: Model, recipe: Recipe) -> Graph:
     """The graph of ``vision.onnx``; the checkpoint's tensors are read when it is saved."""
-    recipe = precision if isinstance(precision, Recipe) else Recipe(precision)
     tower = model.tower
     layers = Layers(tower.linears, model.tensors, recipe)
     g = layers.graph

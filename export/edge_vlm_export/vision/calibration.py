@@ -8,12 +8,12 @@ for the whole activation the rest is rounded to nothing. "SmoothQuant" (Xiao et 
 product stays the same, and where the maker of the input is a norm or a linear layer, the division
 disappears into its weights. Here the makers are the two norms of a block, the value rows of an
 attention (for its output product) and the linear parts of a connector; only what a nonlinear
-function makes (the product behind a GELU reads it) has to stay as it is. See ``graph.tower.Move``.
+function makes (the product behind a GELU reads it) has to stay as it is. See ``architecture.Move``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +23,10 @@ from edge_vlm_export.graph.precision import Range, Recipe
 
 if TYPE_CHECKING:
     from edge_vlm_export.checkpoint.tensors import Float32
-    from edge_vlm_export.graph.architecture import Stage
     from edge_vlm_export.samples.crops import CalibrationTiles
     from edge_vlm_export.vision.stagewise import StagedTower
 
+EIGHT_BITS = ("int8", "int8-static")  # int4 leaves activations as they are
 STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # SmoothQuant's alpha; the best one is found by trying
 SAMPLE_ROWS = 128
 MAX_FACTOR = 1e4
@@ -93,8 +93,15 @@ def calibrate(
         runner = tower.runner(stage, Recipe(target="cpu"))
         state = tower.advance(runner, state, inputs)
         del runner
-        if smooth and recipe.precision != "int4":  # which leaves activations as they are
-            _smooth(tower, stage, inputs, rows, columns)
+        for move in stage.moves if smooth and recipe.precision in EIGHT_BITS else ():
+            readers = [
+                (inputs[name], tower.linears[name].weight(tower.tensors)) for name in move.readers
+            ]
+            factors = choose_factors(readers)
+            if factors is not None:
+                rows[move.maker] = np.ones(move.n_rows or len(factors), np.float32)
+                rows[move.maker][slice(*move.rows)] = factors
+                columns.update(dict.fromkeys(move.readers, factors))
         for name in stage.products:
             if recipe.precision == "int8-static":
                 signed = recipe.target == "portable"
@@ -110,27 +117,6 @@ def calibrate(
         ranges=ranges,
         importance=importance,
     )
-
-
-def _smooth(
-    tower: StagedTower,
-    stage: Stage,
-    inputs: Mapping[str, Inputs],
-    rows: dict[str, Float32],
-    columns: dict[str, Float32],
-) -> None:
-    """Decide the moves of one stage."""
-    for move in stage.moves:
-        readers = [
-            (inputs[name], tower.linears[name].weight(tower.tensors)) for name in move.readers
-        ]
-        factors = choose_factors(readers)
-        if factors is None:
-            continue
-        made = np.ones(move.n_rows or len(factors), np.float32)
-        made[slice(*move.rows)] = factors
-        rows[move.maker] = made
-        columns.update(dict.fromkeys(move.readers, factors))
 
 
 def choose_factors(readers: Sequence[tuple[Inputs, Float32]]) -> Float32 | None:

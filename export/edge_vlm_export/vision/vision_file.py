@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def write_vision(
         files = build_vision(model, recipe).save(path, external_bytes, written, PRODUCER)
         return VisionFile(files, recipe, None, None)
     tower, batch = StagedTower(model), recipe.batch
-    steps = _Steps(len(tower.stages), progress)
+    steps = _counter(len(tower.stages), progress)
     unkept: Loss | None = None
     kept: tuple[str, ...] = ()
     if recipe.precision in QUANTIZED:
@@ -90,7 +91,7 @@ def write_vision(
 def largest_bytes(model: Model, precision: str) -> int:
     """What the weights of a precision can need on disk, if the budget keeps every product."""
     widest = {"fp32": "fp32", "int4": "int8"}.get(precision, "fp16")
-    return int(build_vision(model, widest).n_bytes * 1.1)
+    return int(build_vision(model, Recipe(widest)).n_bytes * 1.1)
 
 
 def measure_vision(
@@ -109,7 +110,7 @@ def measure_vision(
         EdgeVLMError: onnxruntime refuses it.
     """
     tower = StagedTower(model)
-    steps = _Steps(len(tower.stages), progress)
+    steps = _counter(len(tower.stages), progress)
     exact = tower.features(Recipe(target="cpu"), tiles, steps)
     return _report(tower, path, n_bytes, tiles, exact, min_cosine, kept)
 
@@ -151,15 +152,12 @@ def _report(
     )
 
 
-class _Steps:
+def _counter(n_stages: int, progress: Progress) -> Callable[[], None]:
     """Counts stages; passes over the tower are added to the total as they begin."""
+    stages = count(1)
 
-    def __init__(self, n_stages: int, progress: Progress) -> None:
-        self.n_stages = n_stages
-        self.progress = progress
-        self.done = 0
+    def step() -> None:
+        done = next(stages)
+        progress(done, max(2, -(-done // n_stages)) * n_stages)
 
-    def __call__(self) -> None:
-        self.done += 1
-        passes = max(2, -(-self.done // self.n_stages))
-        self.progress(self.done, passes * self.n_stages)
+    return step

@@ -380,12 +380,7 @@ class JinaSettings(Settings):
 
 
 def read_settings(folder: Path) -> JinaSettings:
-    """Read and validate the settings files in ``folder``.
-
-    Raises:
-        CheckpointError: a file is missing or malformed, files contradict each other, or a value is
-            not supported; the message names file, key and value.
-    """
+    """See ``Family.read_settings``."""
     path = folder / "config.json"
     config = read_part(Config, path)
     preprocessor = read_part(Preprocessor, folder / "preprocessor_config.json")
