@@ -26,7 +26,6 @@ TENSOR_TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16",
 MAX_BUFFER_BYTES = 256 << 20  # rows that the quantizer holds at once
 _POLL_SECONDS = 0.2
 
-
 # Mixtures of llama.cpp: their mean bits a weight in the blocks.
 MIXTURES: Mapping[str, float] = {
     "q4_k_m": 4.9,
@@ -94,7 +93,7 @@ def quantize_decoder(
     imatrix: Path | None = None,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
-    """Write the GGUF ``source`` (f32, f16 or bf16) as ``target`` in the types of ``kind``.
+    """Write the GGUF ``source`` as ``target`` in the types of ``kind``.
 
     Args:
         source: f32, f16 or bf16.
