@@ -15,13 +15,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 OURS = {"edge_vlm", "edge_vlm_export", "models", "tests"}
-LATER = {TESTS / "export"}
 PATCHES = {"setattr", "delattr", "patch", "object"}  # of pytest's monkeypatch, and of mock
-
-
-def checked_files() -> list[Path]:
-    """All but those that are to follow."""
-    return [path for path in sorted(TESTS.rglob("*.py")) if LATER.isdisjoint(path.parents)]
 
 
 def imports(tree: ast.Module) -> dict[str, str]:
@@ -63,7 +57,9 @@ def replaced(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield node.lineno, "an attribute of the project is assigned"
 
 
-@pytest.mark.parametrize("path", checked_files(), ids=lambda path: str(path.relative_to(TESTS)))
+@pytest.mark.parametrize(
+    "path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS))
+)
 def test_nothing_of_the_project_is_replaced(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not [f"{path.name}:{line}: {why}" for line, why in replaced(tree)]

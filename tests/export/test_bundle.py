@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from edge_vlm_export.checkpoint import new_folder
+from edge_vlm_export.checkpoint.new_folder import SPARE_BYTES
 from edge_vlm_export.proof import open_check
-from edge_vlm_export.steps import export as export_module
+from edge_vlm_export.steps.export import estimated_bytes
 from edge_vlm_export.synthetic.checkpoint import config_folder
 
 from edge_vlm.bundle.manifest import Bundle
@@ -160,28 +161,25 @@ def test_stopping_at_any_moment_leaves_nothing(tmp_path: Path, old: Path, overwr
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    "target",
-    [
-        "edge_vlm_export.steps.vision_step.build_vision",
-        "edge_vlm_export.steps.decoder_step.write_decoder",
-        "edge_vlm_export.steps.export.record_files",
-        "edge_vlm_export.steps.export.build_manifest",
-        "edge_vlm_export.proof.open_check.verify_bundle",
-        "edge_vlm_export.checkpoint.new_folder.sync",
-    ],
-)
+@pytest.mark.parametrize("step", ["vision", "decoder", "hash", "write_text", "verify", "fsync"])
 def test_a_failure_at_any_step_leaves_nothing(
-    old: Path, target: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+    old: Path, step: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(target, fail)
+    def reached(stage: str, done: int, total: int) -> None:
+        if stage == step and done:
+            fail()
+
+    if step == "write_text":
+        monkeypatch.setattr(Path, step, fail)
+    elif step == "fsync":
+        monkeypatch.setattr(os, step, fail)
     out = old if overwrite else old.parent / "new"
     before = snapshot(old.parent)
-    with pytest.raises(EdgeVLMError, match=r"^No space left on device$"):
-        export_exact(CHECKPOINT, out, overwrite=overwrite)
+    with pytest.raises(EdgeVLMError, match=r"^(.*vision\.onnx: )?No space left on device$"):
+        export_exact(CHECKPOINT, out, overwrite=overwrite, progress=reached)
     assert snapshot(old.parent) == before
     assert [path.name for path in old.parent.iterdir()] == ["bundle"]
 
@@ -271,10 +269,8 @@ def test_options_are_checked(tmp_path: Path, option: dict[str, str]) -> None:
 def test_a_full_disk_is_noticed_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = new_folder.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        new_folder.shutil, "disk_usage", lambda path: usage._replace(free=new_folder.SPARE_BYTES)
-    )
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=SPARE_BYTES))
     stages: Steps = []
     with pytest.raises(InputError, match=r"[0-9.]+ MB are needed, 67\.1 MB are free"):
         export_exact(CHECKPOINT, tmp_path / "bundle", progress=lambda *step: stages.append(step))
@@ -290,7 +286,7 @@ def test_the_room_is_estimated_from_the_settings_alone(
     vision: str, decoder: str, announced: float
 ) -> None:
     """Beside what exports of a full-size checkpoint announced, from all its tensors."""
-    found = export_module.estimated_bytes(config_folder("jina-vlm"), vision, decoder)
+    found = estimated_bytes(config_folder("jina-vlm"), vision, decoder)
     assert found == pytest.approx(announced, rel=0.03)
 
 
@@ -308,18 +304,14 @@ def test_a_bundle_that_does_not_work_is_noticed(
     file: str,
     damage: Callable[[bytes], bytes],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    record = export_module.record_files
+    def spoil(stage: str, done: int, total: int) -> None:
+        if stage == "hash" and not done:
+            (path,) = tmp_path.glob(f".bundle.partial-*/{file}")
+            path.write_bytes(damage(path.read_bytes()))
 
-    def record_damaged(paths: list[Path], *args: Any) -> Any:
-        path = next(path for path in paths if path.name == file)
-        path.write_bytes(damage(path.read_bytes()))
-        return record(paths, *args)
-
-    monkeypatch.setattr(export_module, "record_files", record_damaged)
     with pytest.raises(EdgeVLMError, match=f"the written bundle does not work: .*{message}"):
-        export_exact(CHECKPOINT, tmp_path / "bundle")
+        export_exact(CHECKPOINT, tmp_path / "bundle", progress=spoil)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,8 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from edge_vlm_export.checkpoint import tensors as checkpoint_module
-from edge_vlm_export.checkpoint.tensors import Checkpoint
+from edge_vlm_export.checkpoint.tensors import MAX_HEADER_BYTES, MAX_TENSORS, Checkpoint
 from edge_vlm_export.families.opened import Model
 from safetensors.numpy import load_file, save_file
 
@@ -62,13 +61,12 @@ def test_half_precision_tensors_are_read(tmp_path: Path) -> None:
         assert np.array_equal(opened[name].read(), array.astype(np.float32))
 
 
-def test_a_tensor_is_read_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "BLOCK_VALUES", 1000)
+def test_a_tensor_is_read_in_pieces_of_bounded_size() -> None:
     tensor = Checkpoint.open(GOLDEN / "tiny-378" / "checkpoint")[f"{VISION}pos_embed"]
-    pieces = list(tensor.blocks())
-    assert max(piece.size for _, piece in pieces) <= 1000
-    assert [start for start, _ in pieces] == list(range(0, 729, 15))
-    assert np.array_equal(np.concatenate([piece for _, piece in pieces]), tensor.read())
+    pieces = list(tensor.blocks(n_values=1000))
+    assert max(piece.size for piece in pieces) <= 1000
+    assert [len(piece) for piece in pieces] == [15] * 48 + [9]
+    assert np.array_equal(np.concatenate(pieces), tensor.read())
 
 
 @pytest.mark.parametrize(("name", "tied"), [("tiny-378", False), ("tiny-126-tied", True)])
@@ -304,20 +302,24 @@ def test_a_malformed_header_is_refused(single: Path, header: Any, fragment: str)
     refused(single, "model.safetensors", fragment)
 
 
-def test_a_huge_header_is_refused_before_it_is_read(
-    single: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_module, "MAX_HEADER_BYTES", 1000)
-    refused(single, "header is larger than")
+def test_a_huge_header_is_refused_before_it_is_read(single: Path) -> None:
+    length = MAX_HEADER_BYTES + 1
+    with (single / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(8 + length)  # zeros that take no room
+    refused(single, "header is larger than 64 MiB")
 
 
-@pytest.mark.parametrize("name", ["tiny-378", "tiny-126-tied"])
-def test_a_huge_number_of_tensors_is_refused(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_module, "MAX_TENSORS", 75)  # fewer than each, more than a shard
-    checkpoint = copy_checkpoint(name, tmp_path / "checkpoint", link_weights=True)
-    refused(checkpoint, "model.safetensors", "more than 75 tensors")
+def test_a_huge_number_of_tensors_is_refused(single: Path) -> None:
+    names = map(str, range(MAX_TENSORS + 1))
+    write_header(single / "model.safetensors", dict.fromkeys(names, ENTRY))
+    refused(single, "model.safetensors", "has more than 131072 tensors")
+
+
+def test_an_index_of_a_huge_number_of_tensors_is_refused(sharded: Path) -> None:
+    names = map(str, range(MAX_TENSORS + 1))
+    edit_json(sharded / INDEX, lambda data: data.update(weight_map=dict.fromkeys(names, SHARD)))
+    refused(sharded, INDEX, "names more than 131072 tensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -208,8 +208,7 @@ def test_a_vision_transformer_equals_its_formulas(
     activation: str, target: str, numbers: Callable[..., Checkpoint]
 ) -> None:
     vit = small_vit(activation)
-    linears = vit.embedding_linears() | vit.block_linears(0)
-    shapes = vit.embedding_shapes() | vit.block_shapes(0)
+    stages, linears, shapes, _unused = vit.parts(1)
     for linear in linears.values():
         shapes |= linear.shapes()
     assert shapes["positions"] == (1, PATCHES + 1, HIDDEN)
@@ -220,7 +219,7 @@ def test_a_vision_transformer_equals_its_formulas(
     tensors = numbers(**{name.replace(".", "__"): array for name, array in drawn.items()})
     layers = Layers(linears, tensors, Recipe("fp32", target))
     layers.input("crops", (PATCHES, 12))
-    for stage in (vit.embedding_stage(), vit.block_stage(0)):
+    for stage in stages:
         stage.add(layers)
     layers.graph.output("layers.0.output", None)
     crops = rng.standard_normal((2, PATCHES, 12), np.float32)

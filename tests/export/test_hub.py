@@ -37,8 +37,8 @@ NAME = HubName("owner/model")
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client waits between tries; and it would send the user's token."""
     clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time)
-    for part in (huggingface_hub.file_download, huggingface_hub.utils._http):
-        monkeypatch.setattr(part, "time", clock)
+    monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 

@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from edge_vlm_export import export_checkpoint
-from edge_vlm_export.decoder.imatrix import collect
 from edge_vlm_export.decoder.logits import Run
-from edge_vlm_export.decoder.quantizer import quantize_decoder, save_imatrix
+from edge_vlm_export.decoder.quantizer import quantize_decoder
 from edge_vlm_export.decoder.reference import Reference
 from edge_vlm_export.families.opened import Model
 from edge_vlm_export.proof.fidelity import compare, distance
@@ -172,7 +171,7 @@ def test_the_importance_matrix_is_what_llama_multiplies_with(
         for prompt in prompts:
             assert list(run.logits(prompt.ids, prompt.rows, prompt.targets >= 0))
         run.close()
-    found = collect(reference(), prompts)
+    found = reference().importance(prompts)
     assert len(found) == 2 * 7 + 1
     assert sums.keys() == found.keys()
     for name, values in found.items():
@@ -187,9 +186,10 @@ def test_the_quantizer_heeds_the_importance_matrix(
     name = "blk.0.ffn_down.weight"
     columns = exact[name].shape[-1]
     weights = np.where(np.arange(columns) % 8 == 0, 100, 0.01).astype(np.float32)
-    save_imatrix(tmp_path / "imatrix", {name: weights})
+    matrix = tmp_path / "imatrix.npz"
+    np.savez(matrix, **{name: weights})
     errors = []
-    for imatrix in (None, tmp_path / "imatrix"):
+    for imatrix in (None, matrix):
         target = tmp_path / "decoder.gguf"
         quantize_decoder(source, target, "q4_0", threads=1, imatrix=imatrix)
         stored = next(t for t in gguf.GGUFReader(target).tensors if t.name == name)

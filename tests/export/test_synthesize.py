@@ -17,7 +17,6 @@ from edge_vlm_export.cli.tools import group
 from edge_vlm_export.families.jina_vlm.config import read_settings
 from edge_vlm_export.families.jina_vlm.family import FAMILY, TEXT_TOKENS, made_up_tokens
 from edge_vlm_export.families.opened import Description, Model
-from edge_vlm_export.synthetic import checkpoint as module
 from edge_vlm_export.synthetic.bundle import cached_synthetic_bundle, synthetic_bundle
 from edge_vlm_export.synthetic.checkpoint import config_folder, synthesize
 from edge_vlm_export.synthetic.tokenizer import tokenizer_files
@@ -108,15 +107,16 @@ def test_fewer_layers(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"small"}
 
 
-def test_shards_have_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 1_000_000)
-    out = synthesize("demo", tmp_path / "random")
+def test_shards_have_an_index(tmp_path: Path) -> None:
+    out = synthesize("demo", tmp_path / "random", shard_bytes=1_000_000)
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(shards) > 2
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     tensors = Model(out).tensors
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(2 * t.n_values for t in tensors.tensors.values())
+    assert index["metadata"]["total_size"] == sum(
+        2 * math.prod(t.shape) for t in tensors.tensors.values()
+    )
 
 
 def test_the_synthetic_vocabulary_has_the_released_ids(tmp_path: Path) -> None:

@@ -18,9 +18,14 @@ from edge_vlm_export.families.opened import Model
 from edge_vlm_export.graph import integers
 from edge_vlm_export.graph.precision import Range, Recipe
 from edge_vlm_export.samples.crops import CalibrationTiles, calibration_tiles, cut_pictures
-from edge_vlm_export.vision.calibration import calibrate
+from edge_vlm_export.vision.calibration import (
+    Inputs,
+    calibrate,
+    clipped_range,
+    input_range,
+    round_to,
+)
 from edge_vlm_export.vision.error_budget import Loss, fit, loss
-from edge_vlm_export.vision.smoothing import Inputs, clipped_range, input_range, round_to
 from edge_vlm_export.vision.stagewise import StagedTower
 from edge_vlm_export.vision.vision_file import VisionFile, write_vision
 from hypothesis import given, settings
@@ -57,8 +62,16 @@ class Source:
         self.tower = StagedTower(self.model)
         self.tiles = calibration_tiles("builtin", self.model, n_tiles)
 
-    def write(self, path: Path, **options: Any) -> VisionFile:
-        return write_vision(self.model, path, self.tiles, **options)
+    def write(
+        self,
+        path: Path,
+        precision: str = "int8",
+        target: str = "cpu",
+        batch: int | None = None,
+        **options: Any,
+    ) -> VisionFile:
+        recipe = Recipe(precision, target, batch)
+        return write_vision(self.model, path, self.tiles, recipe, **options)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +116,7 @@ def test_every_layout_computes_nearly_the_same(
     measured = loss(found, exact)
     limit = {"fp32": 1e-5, "fp16": 5e-3, "int4": 0.5}.get(precision, 0.15)
     assert measured.error_mean < limit
-    assert set(written.products.values()) == {precision}
+    assert {written.recipe.of(name) for name in tiny.tower.products} == {precision}
 
 
 @pytest.mark.parametrize(("precision", "target"), LAYOUTS)
@@ -309,7 +322,7 @@ def test_planted_outliers_ruin_plain_rounding_and_not_the_export(
     assert report.cosine_worst >= report.min_cosine_worst
     assert report.cosine_mean >= 0.995
     assert report.kept == ("layers.1.ffn.down",)
-    assert written.products["layers.1.ffn.down"] == "fp16"
+    assert written.recipe.of("layers.1.ffn.down") == "fp16"
 
 
 def test_the_budget_keeps_no_more_than_it_needs(tiny: Source) -> None:

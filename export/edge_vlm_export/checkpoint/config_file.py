@@ -8,6 +8,7 @@ supported is none of its field's.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -34,6 +35,9 @@ from edge_vlm.errors import CheckpointError
 
 MAX_JSON_BYTES = 4 << 20
 MAX_VOCABULARY = 1 << 24
+MAX_TEMPLATE_BYTES = 1 << 20
+
+_HUB_NAME = re.compile(r"[^\W_][\w.-]*/[^\W_][\w.-]*")
 
 On = Literal[True]
 Off = Literal[False]
@@ -51,14 +55,8 @@ StopIds = Annotated[
 
 
 def _hub_name(value: Any) -> str | None:
-    if not isinstance(value, str) or len(value) > 200:
-        return None
-    parts = value.split("/")
-    plain = all(
-        part and part[0].isalnum() and all(c.isalnum() or c in "._-" for c in part)
-        for part in parts
-    )
-    return value if plain and len(parts) == 2 else None
+    named = isinstance(value, str) and len(value) <= 200 and _HUB_NAME.fullmatch(value)
+    return named[0] if named else None
 
 
 # ``_name_or_path`` when it is a hub name; a path of the author's machine is no name.
@@ -176,3 +174,34 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def read_chat_template(folder: Path) -> str:
+    """``chat_template.jinja``, or what ``chat_template.json`` or the tokenizer's config says.
+
+    Raises:
+        CheckpointError: there is none, or it is no text of at most 1 MiB.
+    """
+    path = folder / "chat_template.jinja"
+    template = read_text(path, MAX_TEMPLATE_BYTES) if path.exists() else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if template is None and (folder / name).exists():
+            template = _default(read_object(folder / name).get("chat_template"))
+    if template is None:
+        raise CheckpointError(
+            f"{path}: is missing, and neither chat_template.json nor tokenizer_config.json has a"
+            " chat_template"
+        )
+    if not template.strip() or len(template) > MAX_TEMPLATE_BYTES:
+        raise CheckpointError(f"{folder}: the chat template is empty or larger than 1 MiB")
+    if not is_text(template) or "\0" in template:
+        raise CheckpointError(f"{folder}: the chat template is not valid Unicode text")
+    return template
+
+
+def _default(value: object) -> str | None:
+    """A template, or that of several which is named so."""
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict)]
+        value = next((i.get("template") for i in named if i.get("name") == "default"), None)
+    return value if isinstance(value, str) else None

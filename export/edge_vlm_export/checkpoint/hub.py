@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.config_file import read_part
-from edge_vlm_export.checkpoint.hub_client import Counter, Progress, bar, client
+from edge_vlm_export.checkpoint.hub_client import Counter, bar, client
 from edge_vlm_export.checkpoint.new_folder import check_space, size_text
 from edge_vlm_export.checkpoint.tensors import (
     INDEX_NAME,
@@ -28,6 +28,9 @@ from edge_vlm_export.checkpoint.tensors import (
     WEIGHTS_NAME,
     Index,
 )
+
+if TYPE_CHECKING:
+    from edge_vlm_export.counted import Progress
 
 Notice = Callable[[str], None]
 Room = tuple[Path, Callable[[Path], int]]  # where, and bytes by a folder with settings files

@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import EdgeVLMError, InputError
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+if TYPE_CHECKING:
+    from edge_vlm_export.counted import Progress
 
 
 class Counter:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_vlm.bundle.json_text import shorten
+from edge_vlm.bundle.json_text import decode, shorten
 from edge_vlm.errors import CheckpointError
 from edge_vlm_export.checkpoint.config_file import Part, parse_object, read_part
 
@@ -30,6 +30,7 @@ BLOCK_VALUES = 1 << 24  # values converted at a time: 64 MiB of float32
 
 Float32 = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
+Convert = Callable[[Float32], npt.NDArray[Any]]
 Rename = Callable[[str], "str | None"]
 
 _STORED: Mapping[str, np.dtype[Any]] = {
@@ -38,61 +39,6 @@ _STORED: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),  # the upper half of a float32
 }
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One stored tensor; its values are read when asked for and always come as float32."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    path: Path
-    offset: int
-
-    @property
-    def n_values(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def read(self) -> Float32:
-        """All values, of shape ``self.shape``."""
-        out = np.empty(self.shape, np.float32)
-        for start, block in self.blocks():
-            out[start : start + len(block)] = block
-        return out
-
-    def rows(self, start: int, stop: int) -> Float32:
-        """Values ``start`` to ``stop`` along the first axis.
-
-        Raises:
-            CheckpointError: the file cannot be read, or a value is infinite or not a number.
-        """
-        row_shape = self.shape[1:]
-        itemsize = _STORED[self.dtype].itemsize
-        offset = self.offset + start * math.prod(row_shape) * itemsize
-        try:
-            stored = np.memmap(
-                self.path, _STORED[self.dtype], "r", offset, (stop - start, *row_shape)
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: cannot read {self.name} ({error})") from error
-        if self.dtype == "BF16":
-            values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            values = np.array(stored, dtype=np.float32, subok=False)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{self.path}: {self.name} has a value that is infinite or not a number"
-            )
-        return np.asarray(values)
-
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Float32]]:
-        """All rows or those from ``start`` to ``stop``, as (first row, rows), bounded in size."""
-        stop = self.shape[0] if stop is None else stop
-        step = max(1, BLOCK_VALUES // max(1, math.prod(self.shape[1:])))
-        for first in range(start, stop, step):
-            yield first, self.rows(first, min(first + step, stop))
 
 
 @dataclass(frozen=True)
@@ -105,12 +51,14 @@ class Values:
     shape: Shape
     blocks: Callable[[], Iterator[Float32]]
 
-    def read(self) -> Float32:
-        """All values, of shape ``self.shape``."""
-        out = np.empty(self.shape, np.float32)
+    def read(
+        self, kind: npt.DTypeLike = np.float32, convert: Convert = lambda block: block
+    ) -> npt.NDArray[Any]:
+        """All values, of shape ``self.shape``; each block converted to values of ``kind``."""
+        out = np.empty(self.shape, kind)
         start = 0
         for block in self.blocks():
-            out[start : start + len(block)] = block
+            out[start : start + len(block)] = convert(block)
             start += len(block)
         assert start == self.shape[0]  # noqa: S101
         return out
@@ -151,6 +99,60 @@ def stacked(*parts: Values) -> Values:
     )
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor; its values are read when asked for and always come as float32."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    path: Path
+    offset: int
+
+    def values(self, start: int = 0, stop: int | None = None) -> Values:
+        """Rows ``start`` to ``stop``, by default all."""
+        n_rows = (self.shape[0] if stop is None else stop) - start
+        return Values((n_rows, *self.shape[1:]), lambda: self.blocks(start, stop))
+
+    def read(self) -> Float32:
+        """All values, of shape ``self.shape``."""
+        return self.values().read()
+
+    def blocks(
+        self, start: int = 0, stop: int | None = None, n_values: int = BLOCK_VALUES
+    ) -> Iterator[Float32]:
+        """The same rows in pieces of at most ``n_values``, or of one row."""
+        stop = self.shape[0] if stop is None else stop
+        step = max(1, n_values // max(1, math.prod(self.shape[1:])))
+        for first in range(start, stop, step):
+            yield self.rows(first, min(first + step, stop))
+
+    def rows(self, start: int, stop: int) -> Float32:
+        """Values ``start`` to ``stop`` along the first axis.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a value is infinite or not a number.
+        """
+        row_shape = self.shape[1:]
+        itemsize = _STORED[self.dtype].itemsize
+        offset = self.offset + start * math.prod(row_shape) * itemsize
+        try:
+            stored = np.memmap(
+                self.path, _STORED[self.dtype], "r", offset, (stop - start, *row_shape)
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot read {self.name} ({error})") from error
+        if self.dtype == "BF16":
+            values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            values = np.array(stored, dtype=np.float32, subok=False)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.path}: {self.name} has a value that is infinite or not a number"
+            )
+        return np.asarray(values)
+
+
 class Checkpoint:
     """The tensors of a checkpoint by name; only headers were read so far."""
 
@@ -162,9 +164,7 @@ class Checkpoint:
     def open(cls, folder: Path, rename: Rename = lambda name: name) -> Checkpoint:
         """Read the headers of ``model.safetensors``, or of all files its index names.
 
-        Args:
-            folder: the checkpoint's.
-            rename: gives a stored tensor the name it goes by here; None leaves it out.
+        ``rename`` gives a stored tensor the name it goes by here; None leaves it out.
 
         Raises:
             CheckpointError: a file is missing, cut off or malformed, or the index is, or two
@@ -195,10 +195,7 @@ class Checkpoint:
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> Values:
         """Rows ``start`` to ``stop`` of a tensor, by default all."""
-        tensor = self.tensors[name]
-        stop = tensor.shape[0] if stop is None else stop
-        shape = (stop - start, *tensor.shape[1:])
-        return Values(shape, lambda: (block for _, block in tensor.blocks(start, stop)))
+        return self.tensors[name].values(start, stop)
 
     def check(self, required: Mapping[str, Shape], optional: Mapping[str, Shape]) -> None:
         """Compare names and shapes with those the config asks for.
@@ -281,35 +278,24 @@ def _read_header(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is missing from the checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: its header is not UTF-8 text") from error
-    entries = parse_object(text, path)
+    entries = parse_object(decode(raw, f"{path}: its header", CheckpointError), path)
     entries.pop("__metadata__", None)
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has more than {MAX_TENSORS} tensors")
-    data_start = 8 + length
-    ranges: list[tuple[int, int]] = []
-    tensors = {}
-    for name, entry in entries.items():
-        tensors[name], span = _tensor(name, entry, path, data_start)
-        ranges.append(span)
-    end = 0
-    for begin, stop in sorted(ranges):
-        if begin != end:
+    tensors = {name: _tensor(name, entry, path, 8 + length) for name, entry in entries.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset != end:
             raise CheckpointError(f"{path}: its tensors overlap or leave gaps")
-        end = stop
-    if data_start + end != file_size:
-        problem = "is cut off" if file_size < data_start + end else "has bytes after its tensors"
-        raise CheckpointError(
-            f"{path}: {problem}: {file_size} bytes, its header tells {data_start + end}"
-        )
+        end += math.prod(tensor.shape) * _STORED[tensor.dtype].itemsize
+    if end != file_size:
+        problem = "is cut off" if file_size < end else "has bytes after its tensors"
+        raise CheckpointError(f"{path}: {problem}: {file_size} bytes, its header tells {end}")
     return tensors
 
 
-def _tensor(name: str, entry: Any, path: Path, data_start: int) -> tuple[Tensor, tuple[int, int]]:
-    """One entry of a header, and its byte range behind the header."""
+def _tensor(name: str, entry: Any, path: Path, data_start: int) -> Tensor:
+    """One entry of a header."""
     label = shorten(name)
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: the header's entry for {label} is malformed")
@@ -334,5 +320,4 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> tuple[Tensor,
             f"{path}: tensor {label} has the byte range {shorten(span)}, which does not hold"
             f" {dtype} values of shape {shape}"
         )
-    tensor = Tensor(name, dtype, tuple(shape), path, data_start + span[0])
-    return tensor, (span[0], span[1])
+    return Tensor(name, dtype, tuple(shape), path, data_start + span[0])

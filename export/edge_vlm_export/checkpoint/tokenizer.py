@@ -8,7 +8,7 @@ Unicode NFC or no normalization.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -40,6 +40,7 @@ SPLITS = {
         "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" + _QWEN2,
     )
 }
+RULES = {regex: name for name, regexes in SPLITS.items() for regex in regexes}
 # llama.cpp turns these into ordinary tokens whatever the file says, so typed text could become one.
 _UNPROTECTED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
@@ -95,15 +96,10 @@ class SplitPattern(Part):
 
     regex: str = Field(validation_alias="Regex")
 
-    @property
-    def rule(self) -> str:
-        """Its name."""
-        return next(name for name, regexes in SPLITS.items() if self.regex in regexes)
-
     @field_validator("regex")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if not any(value in regexes for regexes in SPLITS.values()):
+        if value not in RULES:
             raise wrong("", value, f"which is not the splitting rule of {' or '.join(SPLITS)}")
         return value
 
@@ -176,30 +172,28 @@ def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
     texts = _vocabulary(file.model.vocab, path, n_ids)
     types = dict.fromkeys(texts, TokenType.NORMAL)
     special: dict[str, int] = {}
-    for content, token, is_special in _added_tokens(file.added_tokens, path, n_ids):
-        if texts.setdefault(token, content) != content:
+    for index, token in enumerate(file.added_tokens):
+        _check_added(token, f"{path}: added_tokens[{index}]", path, n_ids)
+        if texts.setdefault(token.id, token.content) != token.content:
             raise CheckpointError(
-                f"{path}: added token {shorten(content)} has id {token},"
-                f" which is {shorten(texts[token])}"
+                f"{path}: added token {shorten(token.content)} has id {token.id},"
+                f" which is {shorten(texts[token.id])}"
             )
-        types[token] = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
-        if is_special:
-            special[content] = token
-    for token in range(n_ids):
-        texts.setdefault(token, f"[PAD{token}]")
-        types.setdefault(token, TokenType.UNUSED)
-    tokens = tuple(texts[token] for token in range(n_ids))
+        types[token.id] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+        if token.special:
+            special[token.content] = token.id
+    tokens = tuple(texts.get(token, f"[PAD{token}]") for token in range(n_ids))
     if len(set(tokens)) != n_ids:
         twice = Counter(tokens).most_common(1)[0][0]
         raise CheckpointError(f"{path}: token {shorten(twice)} has two ids")
     return Tokenizer(
         path=path,
         tokens=tokens,
-        types=tuple(types[token] for token in range(n_ids)),
+        types=tuple(types.get(token, TokenType.UNUSED) for token in range(n_ids)),
         merges=_merges(file.model.merges, path, tokens),
         special=special,
         normalizer=file.normalizer.type if file.normalizer else None,
-        pre=file.pre_tokenizer.pretokenizers[0].pattern.rule,
+        pre=RULES[file.pre_tokenizer.pretokenizers[0].pattern.regex],
     )
 
 
@@ -226,22 +220,15 @@ def _vocabulary(vocab: Mapping[Any, Any], path: Path, n_ids: int) -> dict[int, s
     return texts
 
 
-def _added_tokens(
-    tokens: list[AddedToken], path: Path, n_ids: int
-) -> Iterator[tuple[str, int, bool]]:
-    """(text, id, whether special) of every added token."""
-    for index, token in enumerate(tokens):
-        if token.id >= n_ids:
-            raise CheckpointError(
-                f"{path}: added_tokens[{index}].id is {token.id}, config.json has {n_ids} ids"
-            )
-        _check_text(token.content, path)
-        if token.special and token.content in _UNPROTECTED:
-            raise CheckpointError(
-                f"{path}: added_tokens[{index}].content is {shorten(token.content)}, which"
-                " llama.cpp would also recognize in text that a user typed"
-            )
-        yield token.content, token.id, token.special
+def _check_added(token: AddedToken, where: str, path: Path, n_ids: int) -> None:
+    if token.id >= n_ids:
+        raise CheckpointError(f"{where}.id is {token.id}, config.json has {n_ids} ids")
+    _check_text(token.content, path)
+    if token.special and token.content in _UNPROTECTED:
+        raise CheckpointError(
+            f"{where}.content is {shorten(token.content)}, which llama.cpp would also recognize in"
+            " text that a user typed"
+        )
 
 
 def _merges(listed: list[Any], path: Path, tokens: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from edge_vlm.cli.options import verbose_option
 
 # Modules of the export extra.
 EXTRA = ("gguf", "huggingface_hub", "ml_dtypes", "onnx")
+
+_shown = partial(click.option, show_default=True)
 
 DECODERS = ["q4_k_m", "q4_0", "q5_k_m", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
 TENSORS = ["q4_0", "q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs", "f16", "bf16", "f32"]
@@ -43,18 +46,16 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
 @click.command("export")
 @click.argument("checkpoint")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option(
+@_shown(
     "--vision",
     type=click.Choice(["int8", "int8-static", "int4", "fp16", "fp32"]),
     default="int8",
-    show_default=True,
     help="Precision of the vision tower; int4 and fp16 are of its weights alone.",
 )
-@click.option(
+@_shown(
     "--target",
     type=click.Choice(["cpu", "portable"]),
     default="cpu",
-    show_default=True,
     help="Layout of vision.onnx: onnxruntime's fused operators, or standard ones alone.",
 )
 @click.option(
@@ -62,19 +63,17 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
     is_flag=True,
     help="Fix the batch of vision.onnx to one crop, for engines without open shapes.",
 )
-@click.option(
+@_shown(
     "--min-cosine",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.995,
-    show_default=True,
     help="Keep matrix products of the vision tower in higher precision until its output has this"
     " mean cosine.",
 )
-@click.option(
+@_shown(
     "--decoder",
     type=click.Choice(DECODERS),
     default="q4_k_m",
-    show_default=True,
     help="Type of the decoder's weights; all but f16, bf16 and f32 are llama.cpp's mixtures.",
 )
 @click.option(
@@ -115,11 +114,10 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
     default=None,
     help="Compare the result with the checkpoint; by default what is quantized.",
 )
-@click.option(
+@_shown(
     "--max-divergence",
     type=click.FloatRange(0, min_open=True),
     default=0.2,
-    show_default=True,
     help="Fail if the decoder's mean divergence from the checkpoint is larger, in nats.",
 )
 @click.option("--allow-loss", is_flag=True, help="Write the bundle whatever the report says.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,13 +26,7 @@ from edge_vlm.cli.options import verbose_option
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @verbose_option
-def command(
-    config: str,
-    out: Path,
-    layers: int | None,
-    vision_layers: int | None,
-    seed: int,
-) -> None:
+def command(config: str, out: Path, **options: Any) -> None:
     """Write a random checkpoint in the released layout and size.
 
     With jina-vlm: 2.4 billion bfloat16 numbers, 5 GB, a few minutes. Its answers mean nothing; its
@@ -44,13 +39,6 @@ def command(
     from edge_vlm_export.synthetic.checkpoint import synthesize
 
     with Steps() as steps:
-        folder = synthesize(
-            config,
-            out,
-            layers=layers,
-            vision_layers=vision_layers,
-            seed=seed,
-            progress=steps.show,
-        )
+        folder = synthesize(config, out, **options, progress=steps.show)
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size / 1e6:.1f} MB", err=True)

@@ -29,17 +29,6 @@ if TYPE_CHECKING:
 UNQUANTIZED = ("f32", "f16", "bf16")
 SUPPRESS_TOKENS = "tokenizer.ggml.suppress_tokens"  # llama.cpp since 2026; ignored before
 
-_TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-}
-_FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-}
-
 
 @dataclass(frozen=True)
 class Output:
@@ -50,14 +39,11 @@ class Output:
     kind: gguf.GGMLQuantizationType
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """As numpy has it, the slowest axis first."""
-        return self.values.shape
-
-    @property
     def n_bytes(self) -> int:
         """Size of the stored values."""
-        return math.prod(self.shape) * (4 if self.kind == gguf.GGMLQuantizationType.F32 else 2)
+        return math.prod(self.values.shape) * (
+            4 if self.kind == gguf.GGMLQuantizationType.F32 else 2
+        )
 
 
 def exact_precision(model: Model) -> str:
@@ -71,7 +57,7 @@ def exact_precision(model: Model) -> str:
 
 def plan_decoder(model: Model, precision: str) -> list[Output]:
     """The tensors of ``decoder.gguf`` in order; the checkpoint's are read when they are written."""
-    kind = _TYPES[precision]
+    kind = gguf.GGMLQuantizationType[precision.upper()]
     # Vectors stay float32: they are small, and llama.cpp expects it.
     return [
         Output(name, values, kind if len(values.shape) > 1 else gguf.GGMLQuantizationType.F32)
@@ -115,7 +101,7 @@ def write_decoder(
         for output in outputs:
             writer.add_tensor_info(
                 output.name,
-                output.shape,
+                output.values.shape,
                 np.dtype(np.float32),
                 output.n_bytes,
                 raw_dtype=output.kind,
@@ -134,7 +120,8 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, precision: str, name: s
     text = model.text
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[precision])
+    mostly = "ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[mostly])
     writer.add_context_length(text.max_sequence_length)
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.n_layers)
@@ -177,21 +164,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, model: Model) -> None:
 
 def _convert(output: Output) -> npt.NDArray[Any]:
     """All values in the stored type; bfloat16 as its 16 bits."""
-    stored = {
-        gguf.GGMLQuantizationType.F32: np.float32,
-        gguf.GGMLQuantizationType.F16: np.float16,
-        gguf.GGMLQuantizationType.BF16: np.uint16,
-    }[output.kind]
-    out: npt.NDArray[Any] = np.empty(output.shape, stored)
-    start = 0
-    for block in output.values.blocks():
-        if output.kind == gguf.GGMLQuantizationType.F16:
-            values: npt.NDArray[Any] = to_half(block, output.name)
-        elif output.kind == gguf.GGMLQuantizationType.BF16:
-            values = gguf.quants.quantize(block, output.kind).view(np.uint16)
-        else:
-            values = block
-        out[start : start + len(block)] = values
-        start += len(block)
-    assert start == output.shape[0]  # noqa: S101
-    return out
+    values, kind = output.values, output.kind
+    if kind == gguf.GGMLQuantizationType.F16:
+        return values.read(np.float16, lambda block: to_half(block, output.name))
+    if kind == gguf.GGMLQuantizationType.BF16:
+        return values.read(np.uint16, lambda block: gguf.quants.quantize(block, kind).view("<u2"))
+    return values.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,8 @@ class Run:
         """
         api, context = self._api, self._context
         api.llama_memory_seq_rm(api.llama_get_memory(context), 0, 0, -1)
-        start = n_rows = 0
-        while start < len(ids):
-            stop = start + 1
-            while (
-                stop < len(ids)
-                and stop - start < BATCH_POSITIONS
-                and (ids[stop] < 0) == (ids[start] < 0)
-            ):
-                stop += 1
+        n_rows = 0
+        for start, stop in _batches(ids):
             batch = api.llama_batch()  # positions follow those in the cache
             batch.n_tokens = stop - start
             if ids[start] < 0:
@@ -100,4 +94,10 @@ class Run:
             for index in np.flatnonzero(flags):
                 pointer = api.llama_get_logits_ith(context, int(index))
                 yield start + int(index), np.ctypeslib.as_array(pointer, (self._n_ids,)).copy()
-            start = stop
+
+
+def _batches(ids: npt.NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Ends of the pieces that have either ids or embeddings alone."""
+    for begin, end in pairwise([0, *(np.flatnonzero(np.diff(ids < 0)) + 1), len(ids)]):
+        for start in range(begin, end, BATCH_POSITIONS):
+            yield start, min(start + BATCH_POSITIONS, end)

@@ -1,6 +1,7 @@
 """The unquantized decoder in float32, layer by layer, straight from the checkpoint.
 
-It is what a quantized decoder is compared with, and what an importance matrix is collected from. An
+It is what a quantized decoder is compared with, and what an importance matrix is collected from:
+how strongly each column of each weight is used. An
 engine that maps a whole file of the real size would hold more than four gigabytes; here all prompts
 go through one layer before the next one is read, so memory stays at the size of a layer. Read from
 the checkpoint and not from a GGUF, it also notices what was written wrong there.
@@ -8,6 +9,7 @@ the checkpoint and not from a GGUF, it also notices what was written wrong there
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]
+_FLOOR = 1e-6  # of the mean: a column that was never used still has to be stored somehow
 _QKV = ("attn_q", "attn_k", "attn_v")
 _UP_GATE = ("ffn_up", "ffn_gate")
 
@@ -32,11 +35,6 @@ class Reference:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._text = model.text
-
-    @property
-    def head_name(self) -> str:
-        """The GGUF's name of the output head."""
-        return "token_embd.weight" if self._model.tied else "output.weight"
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """(len(ids), hidden_size): rows of the token table."""
@@ -56,7 +54,7 @@ class Reference:
         self,
         inputs: Sequence[Float32],
         wanted: Sequence[npt.NDArray[np.bool_]],
-        on_matmul: OnMatmul | None = None,
+        on_matmul: OnMatmul = lambda name, rows: None,
         progress: Callable[[int], None] = lambda n_layers: None,
     ) -> list[Float32]:
         """Hidden states of the wanted positions behind the final norm: what the head gets.
@@ -71,13 +69,38 @@ class Reference:
         """
         states = [np.array(rows, np.float32) for rows in inputs]
         for layer in range(self._text.n_layers):
-            block = _Block(self, layer, on_matmul or _ignore)
+            block = _Block(self, layer, on_matmul)
             last = layer + 1 == self._text.n_layers
             for index, rows in enumerate(states):
                 states[index] = block(rows, wanted[index] if last else None)
             progress(layer + 1)
         norm = self._model.tensors[self._model.decoder.norm].read()
         return [self.normed(rows, norm) for rows in states]
+
+    def importance(
+        self, prompts: Sequence[Prompt], progress: Callable[[int], None] = lambda n_layers: None
+    ) -> dict[str, Float32]:
+        """Mean squares of what each weight is multiplied with, (columns,) by the GGUF's names.
+
+        llama.cpp's quantizer weighs the error of a column by them. Prompts have pictures, whose
+        vectors make up most positions and are unlike those of text. The last layer's feed-forward
+        part and the head count the positions that text follows: the runtime computes them for no
+        others.
+        """
+        sums: dict[str, npt.NDArray[np.float64]] = {}
+        counts: Counter[str] = Counter()
+
+        def add(name: str, rows: Float32) -> None:
+            squares = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+            sums[name] = sums.get(name, 0) + squares
+            counts[name] += len(rows)
+
+        inputs = [self.inputs(prompt) for prompt in prompts]
+        hidden = self.run(inputs, [prompt.targets >= 0 for prompt in prompts], add, progress)
+        for rows in hidden:
+            add("token_embd.weight" if self._model.tied else "output.weight", rows)
+        means = {name: total / counts[name] for name, total in sums.items()}
+        return {n: (mean + _FLOOR * mean.mean()).astype(np.float32) for n, mean in means.items()}
 
     def logits(self, hidden: Float32) -> Float32:
         """(n, vocab_size) for hidden states of shape (n, hidden_size)."""
@@ -96,11 +119,6 @@ class Reference:
         normed: Float32 = rows / np.sqrt(scale) * weight
         return normed
 
-    def layer(self, index: int) -> dict[str, Float32]:
-        """The weights of a block by llama.cpp's names."""
-        decoder, tensors = self._model.decoder, self._model.tensors
-        return {part: decoder.part(tensors, index, part).read() for part in decoder.layer(index)}
-
 
 class _Block:
     """One layer with its weights in memory."""
@@ -108,7 +126,10 @@ class _Block:
     def __init__(self, reference: Reference, layer: int, on_matmul: OnMatmul) -> None:
         self._reference, self._on_matmul = reference, on_matmul
         self._text, self._target = reference._text, f"blk.{layer}."
-        self._weights = reference.layer(layer)
+        decoder, tensors = reference._model.decoder, reference._model.tensors
+        self._weights = {  # by llama.cpp's names
+            part: decoder.part(tensors, layer, part).read() for part in decoder.layer(layer)
+        }
         # What reads the same vectors is one product.
         self._matrices: dict[tuple[str, ...], Float32] = {
             names: self._take(names, ".weight")
@@ -171,7 +192,3 @@ def _rotate(heads: Float32, theta: float) -> Float32:
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = heads[..., :half], heads[..., half:]
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-
-
-def _ignore(_name: str, _rows: npt.NDArray[np.float32]) -> None:
-    pass

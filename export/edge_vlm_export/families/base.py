@@ -86,7 +86,6 @@ class Family(ABC):
 
     def unused(self, settings: Any) -> Mapping[str, Shape]:
         """Tensors that may be stored besides those of tower and decoder."""
-        del settings
         return {}
 
     def check(self, settings: Any, tensors: Checkpoint) -> None:
@@ -110,17 +109,14 @@ class Family(ABC):
 
         With the name it has in the graph; None where the vectors stand in its place.
         """
-        del settings, tokenizer
         return None
 
     def markers(self, settings: Any, tokenizer: Tokenizer, tensors: Checkpoint) -> Values | None:
         """``marker_embeddings`` (n_markers, hidden_size), if the runtime wants any."""
-        del settings, tokenizer, tensors
         return None
 
     def is_blank(self, crop: Float32) -> bool:
         """Whether the tower makes nothing of a crop (n_patches, patch_values)."""
-        del crop
         return False
 
     @abstractmethod
@@ -140,10 +136,8 @@ class Family(ABC):
 
         The first one ends a text. Empty where only a real one will do.
         """
-        del settings
         return {}
 
     def spread(self, name: str, shape: Shape, settings: Any) -> Spread | None:
         """Of a random tensor's values; None where what is usual does."""
-        del name, shape, settings
         return None

@@ -109,10 +109,6 @@ class LlamaLike:
         """Of the output head, where it is not tied."""
         return self.head_rows, self.text.hidden_size
 
-    def tied(self, tensors: Checkpoint) -> bool:
-        """Whether the head is the token table."""
-        return self.head not in tensors
-
     def part(self, tensors: Checkpoint, index: int, part: str) -> Values:
         """A part of a block as the checkpoint has it."""
         rows = self.layer(index)[part]

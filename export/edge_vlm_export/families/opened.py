@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,7 @@ class Model(Description):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Vocabulary and merges.
-
-        Raises:
-            CheckpointError: see ``Family.read_tokenizer``.
-        """
+        """Vocabulary and merges; see ``Family.read_tokenizer``."""
         return self.family.read_tokenizer(self.folder, self.settings)
 
     def added_row(self) -> tuple[str, Values] | None:
@@ -88,25 +85,15 @@ class Model(Description):
 
     def decoder_sizes(self, precision: str) -> Decoder:
         """The manifest's part about the decoder."""
-        text = self.text
-        return Decoder(
-            precision=precision,
-            n_layers=text.n_layers,
-            hidden_size=text.hidden_size,
-            ffn_size=text.ffn_size,
-            n_heads=text.attention.n_heads,
-            n_kv_heads=text.attention.n_kv_heads,
-            head_dim=text.attention.head_dim,
-            vocab_size=text.vocab_size,
-            additional_vocab_size=text.additional_vocab_size,
-            max_sequence_length=text.max_sequence_length,
-            tied_head=self.tied,
-        )
+        sizes = asdict(self.text)
+        sizes |= sizes.pop("attention")
+        known = {name: size for name, size in sizes.items() if name in Decoder.model_fields}
+        return Decoder(precision=precision, tied_head=self.tied, **known)
 
     def _check_tensors(self) -> bool:
         """Compare the tensors with the settings; returns whether the head is tied."""
         tensors, decoder, tower = self.tensors, self.decoder, self.tower
-        tied = decoder.tied(tensors)
+        tied = decoder.head not in tensors
         told = [level for level in self.settings.tie_word_embeddings if level is not None]
         if told and tied not in told:
             presence = "has no" if tied else "has a"

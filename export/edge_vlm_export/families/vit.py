@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from edge_vlm_export.graph.layers import Layers
 
 POSITIONED = "positioned"  # what the first block reads
+
+# A stage, its products, its other tensors.
+Piece = tuple[Stage, dict[str, Linear], dict[str, Shape]]
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,27 @@ class Vit:
         """Of one crop between two blocks."""
         return self.n_patches + (self.embedding.class_token is not None), self.hidden_size
 
-    def embedding_shapes(self) -> dict[str, Shape]:
-        """Tensors of the patch embedding, its product aside."""
+    def parts(
+        self, n_used: int
+    ) -> tuple[tuple[Stage, ...], dict[str, Linear], dict[str, Shape], dict[str, Shape]]:
+        """Stages up to the last block that is used, their products, their other tensors, and the
+        tensors of the blocks behind it.
+        """
+        pieces = self._embedding(), *map(self._block, range(self.n_layers))
+        linears: dict[str, Linear] = {}
+        tensors: dict[str, Shape] = {}
+        unused: dict[str, Shape] = {}
+        for _, products, shapes in pieces[: n_used + 1]:
+            linears |= products
+            tensors |= shapes
+        for _, products, shapes in pieces[n_used + 1 :]:
+            unused |= shapes
+            for product in products.values():
+                unused |= product.shapes()
+        return tuple(stage for stage, _, _ in pieces[: n_used + 1]), linears, tensors, unused
+
+    def _embedding(self) -> Piece:
+        """``crops`` to ``positioned``."""
         embedding, hidden = self.embedding, self.hidden_size
         ones = (1,) * embedding.ones
         shapes: dict[str, Shape] = {embedding.positions: (*ones, *self.shape)}
@@ -103,54 +126,39 @@ class Vit:
             shapes[embedding.class_token] = (*ones, *ones, hidden)
         if embedding.norm:
             shapes |= norm_shapes(embedding.norm, hidden)
-        return shapes
+        biases, name = (embedding.bias,) if embedding.bias else (), embedding.product
+        product = Linear(hidden, self.patch_values, (embedding.weight,), biases, embedding.stored)
+        stage = Stage(name, (CROPS,), POSITIONED, self.shape, (name,), self._add_embedding)
+        return stage, {name: product}, shapes
 
-    def embedding_linears(self) -> dict[str, Linear]:
-        """The patch embedding's product."""
-        embedding = self.embedding
-        biases = (embedding.bias,) if embedding.bias else ()
-        sizes = self.hidden_size, self.patch_values
-        return {embedding.product: Linear(*sizes, (embedding.weight,), biases, embedding.stored)}
-
-    def embedding_stage(self) -> Stage:
-        """``crops`` to ``positioned``."""
-        product = self.embedding.product
-        return Stage(product, (CROPS,), POSITIONED, self.shape, (product,), self._add_embedding)
-
-    def block_shapes(self, index: int) -> dict[str, Shape]:
-        """The norms of a block."""
-        tensors, hidden = self.tensors(index), self.hidden_size
-        return norm_shapes(tensors.norm1, hidden) | norm_shapes(tensors.norm2, hidden)
-
-    def block_linears(self, index: int) -> dict[str, Linear]:
-        """The products of a block, in the order of computation."""
-        tensors, hidden, width = self.tensors(index), self.hidden_size, self.attention.q_size
-        linears = {
-            self.names.qkv: Linear(3 * width, hidden, *tensors.qkv),
-            self.names.out: self._last(width, tensors.out, tensors.scale1),
-            self.names.up: linear(self.ffn_size, hidden, tensors.up),
-            self.names.down: self._last(self.ffn_size, tensors.down, tensors.scale2),
-        }
-        return {f"layers.{index}.{name}": value for name, value in linears.items()}
-
-    def block_stage(self, index: int) -> Stage:
+    def _block(self, index: int) -> Piece:
         """The output of the block before, or ``positioned``, to ``layers.N.output``."""
-        prefix, names, width = f"layers.{index}.", self.names, self.attention.q_size
-        hidden = self.hidden_size
+        prefix, names, tensors = f"layers.{index}.", self.names, self.tensors(index)
+        hidden, width = self.hidden_size, self.attention.q_size
+        linears = {  # in the order of computation
+            prefix + names.qkv: Linear(3 * width, hidden, *tensors.qkv),
+            prefix + names.out: self._last(width, tensors.out, tensors.scale1),
+            prefix + names.up: linear(self.ffn_size, hidden, tensors.up),
+            prefix + names.down: self._last(self.ffn_size, tensors.down, tensors.scale2),
+        }
         moves = (
             Move(prefix + names.norm1, (prefix + names.qkv,), hidden),
             Move(prefix + names.qkv, (prefix + names.out,), 3 * width, (2 * width, None)),
             Move(prefix + names.norm2, (prefix + names.up,), hidden),
         )
-        products = tuple(prefix + name for name in (names.qkv, names.out, names.up, names.down))
-        return Stage(
+        stage = Stage(
             f"layers.{index}",
             (block_output(index - 1),),
             block_output(index),
             self.shape,
-            products,
-            lambda layers: self._add_block(layers, index),
+            tuple(linears),
+            partial(self._add_block, index=index),
             moves,
+        )
+        return (
+            stage,
+            linears,
+            norm_shapes(tensors.norm1, hidden) | norm_shapes(tensors.norm2, hidden),
         )
 
     def _last(self, n_in: int, tensor: str, scale: str | None) -> Linear:

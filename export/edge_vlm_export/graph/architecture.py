@@ -55,11 +55,6 @@ class Linear:
     scale: str | None = None  # a tensor (n_out,) that multiplies what comes out
     n_added: int = 1  # products that a residual stream sums up, this one among them
 
-    @property
-    def n_weights(self) -> int:
-        """Values of the weight."""
-        return self.n_out * self.n_in
-
     def shapes(self) -> dict[str, Shape]:
         """The tensors' names and shapes; stacked ones are of equal size."""
         rows = {name: (self.n_out // len(self.weights),) for name in self.weights}
@@ -87,7 +82,7 @@ class Move:
     """A place where channels can be moved out of an activation: who makes it, and who reads it.
 
     ``maker`` is a norm or a product, whose weights then make smaller values, or a name under which
-    the stage finds factors in its recipe's ``rows`` and divides by them; it has no ``n_rows``.
+    the stage divides features by the factors (``Layers.smoothed``); that has no ``n_rows``.
     """
 
     maker: str
@@ -129,11 +124,6 @@ class Tower:
     def products(self) -> tuple[str, ...]:
         """All products, in the order of computation."""
         return tuple(name for stage in self.stages for name in stage.products)
-
-    @property
-    def out_shape(self) -> Shape:
-        """(tokens_per_crop, hidden_size)."""
-        return self.stages[-1].shape
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor that the result depends on."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto
 
-from edge_vlm_export.graph.onnx_graph import CONTRIB, OPSET, OPSET_INT4, Graph, Load
+from edge_vlm_export.graph.onnx_graph import CONTRIB, OPSET, OPSET_INT4, Graph
 from edge_vlm_export.graph.products import Products
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class Layers:
 
     def norm(self, name: str, x: str, tensor: str, eps: float) -> str:
         """LayerNorm with weight and bias; channels of its output may be moved."""
-        parts = [
-            self.graph.weight(f"{name}.{part}", values.shape, self._moved(values, name))
-            for part in ("weight", "bias")
-            for values in (self.tensors.values(f"{tensor}.{part}"),)
-        ]
+        parts = []
+        for part in ("weight", "bias"):
+            values = self.tensors.values(f"{tensor}.{part}")
+            load = partial(self._moved, values, name)
+            parts.append(self.graph.weight(f"{name}.{part}", values.shape, load))
         return self.graph.op("LayerNormalization", name, x, *parts, axis=-1, epsilon=eps)
 
     def activation(self, name: str, x: str, kind: Activation) -> str:
@@ -102,9 +103,16 @@ class Layers:
         mixed = g.op("Transpose", f"{name}.mixed.by_patch", mixed, perm=(0, 2, 1, 3))
         return g.op("Reshape", f"{name}.mixed.joined", mixed, self.ints(0, 0, sizes.q_size))
 
+    def smoothed(self, name: str, x: str) -> str:
+        """Divide the features by what was moved out of them under ``name``; see ``Move``."""
+        if name not in self.recipe.rows:
+            return x
+        shares = self.graph.constant("smoothing", 1 / self.recipe.rows[name])
+        return self.graph.op("Mul", "smoothed_features", x, shares)
+
     def matrix(self, name: str, values: Values) -> str:
         """Values that are added, not multiplied with."""
-        store = self.graph.half_weight if self.recipe.stores_half else self.graph.weight
+        store = self.graph.half_weight if self.recipe.precision != "fp32" else self.graph.weight
         return store(name, values.shape, values.read)
 
     def floats(self, name: str, x: str) -> str:
@@ -120,8 +128,5 @@ class Layers:
         """The constant 1 / sqrt(head_dim)."""
         return self.graph.constant(f"scale_{sizes.head_dim}", 1.0 / math.sqrt(sizes.head_dim))
 
-    def _moved(self, values: Values, maker: str) -> Load:
-        def load() -> Float32:
-            return self.recipe.vector(values.read(), maker)
-
-        return load
+    def _moved(self, values: Values, maker: str) -> Float32:
+        return self.recipe.vector(values.read(), maker)

@@ -31,14 +31,6 @@ Array = npt.NDArray[Any]
 Load = Callable[[], Array]
 Written = Callable[[int], None]  # told the number of bytes of each weight written
 
-_TYPES: dict[int, np.dtype[Any]] = {
-    TensorProto.FLOAT: np.dtype(np.float32),
-    TensorProto.FLOAT16: np.dtype(np.float16),
-    TensorProto.INT64: np.dtype(np.int64),
-    TensorProto.INT8: np.dtype(np.int8),
-    TensorProto.UINT8: np.dtype(np.uint8),
-}
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -57,9 +49,15 @@ class Weight:
     def n_bytes(self) -> int:
         """Size of the stored values."""
         n_values = math.prod(self.shape)
-        if self.kind == TensorProto.INT4:
-            return (n_values + 1) // 2
-        return n_values * _TYPES[self.kind].itemsize
+        return (
+            (n_values + 1) // 2 if self.kind == TensorProto.INT4 else n_values * self.dtype.itemsize
+        )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Numpy's type of a value."""
+        dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(self.kind)
+        return dtype
 
     def values(self) -> Array:
         """The values as they are stored.
@@ -74,7 +72,18 @@ class Weight:
         assert values.shape == self.shape, (self.name, values.shape, self.shape)  # noqa: S101
         if self.kind == TensorProto.FLOAT16:
             return to_half(values, self.name)
-        return np.ascontiguousarray(values, _TYPES[self.kind])
+        return np.ascontiguousarray(values, self.dtype)
+
+    def proto(self) -> onnx.TensorProto:
+        """Without values."""
+        return TensorProto(name=self.name, dims=self.shape, data_type=self.kind)
+
+    def inline(self, written: Written) -> onnx.TensorProto:
+        """With its values."""
+        proto = self.proto()
+        proto.raw_data = self.values().tobytes()
+        written(self.n_bytes)
+        return proto
 
 
 class Graph:
@@ -164,14 +173,14 @@ class Graph:
             files.append(path.with_name(path.name + ".data"))
             initializers = self._write_external(files[1], written)
         else:
-            initializers = [_inline(weight, written) for weight in self.weights.values()]
+            initializers = [weight.inline(written) for weight in self.weights.values()]
         with path.open("wb") as file:
             file.write(self._model(initializers, producer))
         return files
 
     def in_memory(self) -> bytes:
         """The model with all weights in it, for a session that needs no file."""
-        weights = [_inline(weight, lambda n_bytes: None) for weight in self.weights.values()]
+        weights = [weight.inline(lambda n_bytes: None) for weight in self.weights.values()]
         return self._model(weights, producer="")
 
     def _model(self, initializers: Sequence[onnx.TensorProto], producer: str) -> bytes:
@@ -195,16 +204,13 @@ class Graph:
         with path.open("wb") as file:
             for weight in self.weights.values():
                 if weight.n_bytes < PAGE:
-                    initializers.append(_inline(weight, written))
+                    initializers.append(weight.inline(written))
                     continue
                 file.write(bytes(-file.tell() % PAGE))
-                proto = _proto(weight)
+                proto = weight.proto()
                 proto.data_location = TensorProto.EXTERNAL
-                for key, value in (
-                    ("location", path.name),
-                    ("offset", file.tell()),
-                    ("length", weight.n_bytes),
-                ):
+                place = {"location": path.name, "offset": file.tell(), "length": weight.n_bytes}
+                for key, value in place.items():
                     proto.external_data.add(key=key, value=str(value))
                 file.write(weight.values().data)
                 initializers.append(proto)
@@ -225,14 +231,3 @@ def to_half(values: Array, name: str) -> npt.NDArray[np.float16]:
             f"tensor {name} has values beyond half precision's 65504; export it in fp32"
         )
     return half
-
-
-def _proto(weight: Weight) -> onnx.TensorProto:
-    return TensorProto(name=weight.name, dims=weight.shape, data_type=weight.kind)
-
-
-def _inline(weight: Weight, written: Written) -> onnx.TensorProto:
-    proto = _proto(weight)
-    proto.raw_data = weight.values().tobytes()
-    written(weight.n_bytes)
-    return proto

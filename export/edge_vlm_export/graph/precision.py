@@ -55,11 +55,6 @@ class Recipe:
         """The precision of one product."""
         return self.kept.get(product, self.precision)
 
-    @property
-    def stores_half(self) -> bool:
-        """Whether matrices that take part in no product are stored as fp16."""
-        return self.precision != "fp32"
-
     def keeping(self, kept: Mapping[str, str]) -> Recipe:
         """The same with other products in a precision of their own."""
         return replace(self, kept=dict(kept))

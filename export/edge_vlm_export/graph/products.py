@@ -28,6 +28,7 @@ INT8_BLOCK = 128  # for weights alone; larger blocks are not faster
 _ACCURACY_INT8 = 4
 
 Array = npt.NDArray[Any]
+Rounding = Callable[["Float32"], "tuple[Array, Float32]"]
 
 
 class Products:
@@ -50,7 +51,9 @@ class Products:
         if precision == "int8":
             return (self._dynamic_standard if portable else self._dynamic)(name, x)
         if precision == "int8-static":
-            return (self._static_standard if portable else self._static)(name, x)
+            if portable:
+                return self._static_standard(name, x)
+            return self._integer_product(name, self._quantized_input(name, x), f"{name}.product")
         if precision in ("int4", WEIGHTS_ONLY_INT8) and not portable:
             return self._blocks(name, x, bits=4 if precision == "int4" else 8)
         if precision == "int4" and (block := _standard_block(self._shape(name)[1])):
@@ -83,16 +86,8 @@ class Products:
     def _dynamic(self, name: str, x: str) -> str:
         """The input's range is taken anew in each run, one scale for all of it."""
         bias = self._bias(name)
-        return self.graph.op(
-            "DynamicQuantizeMatMul",
-            f"{name}.product",
-            *(x, *self._int8(name), *_behind(1, bias)),
-            domain=CONTRIB,
-        )
-
-    def _static(self, name: str, x: str) -> str:
-        quantized = self._quantized_input(name, x)
-        return self._integer_product(name, quantized, f"{name}.product")
+        inputs = x, *self._int8(name), *_behind(1, bias)
+        return self.graph.op("DynamicQuantizeMatMul", f"{name}.product", *inputs, domain=CONTRIB)
 
     def _quantized_input(self, name: str, x: str) -> tuple[str, str, str]:
         """The input as uint8, its scale and its zero point."""
@@ -106,21 +101,12 @@ class Products:
         return quantized, scale, zero
 
     def _integer_product(
-        self,
-        name: str,
-        x: tuple[str, str, str],
-        output: str,
-        part: tuple[int, int] = (0, 1),
+        self, name: str, x: tuple[str, str, str], output: str, part: tuple[int, int] = (0, 1)
     ) -> str:
         quantized, x_scale, x_zero = x
         weight, scale = self._int8(name, part)
-        bias = self._bias(name, part)
-        return self.graph.op(
-            "MatMulIntegerToFloat",
-            output,
-            *(quantized, weight, x_scale, scale, x_zero, *_behind(1, bias)),
-            domain=CONTRIB,
-        )
+        inputs = quantized, weight, x_scale, scale, x_zero, *_behind(1, self._bias(name, part))
+        return self.graph.op("MatMulIntegerToFloat", output, *inputs, domain=CONTRIB)
 
     def _dynamic_standard(self, name: str, x: str) -> str:
         g = self.graph
@@ -165,18 +151,20 @@ class Products:
         out_size, in_size = self._shape(name)
         block = INT4_BLOCK if bits == 4 else INT8_BLOCK
         n_blocks = -(-in_size // block)
-        make = self._int4(name, block) if bits == 4 else self._int8_blocks(name, block)
+        if bits == 4:
+            made = self._int4(name, block)
+        else:
+            made = self._rounded(name, lambda weight: integers.int8_blocks(weight, block))
 
         def values() -> Array:
-            integer = make()[0]
             if bits == 4:
-                return integers.pack_nibbles(integer + 8)
-            return (integer.astype(np.int16) + 128).astype(np.uint8)
+                return integers.pack_nibbles(made()[0] + 8)
+            return (made()[0].astype(np.int16) + 128).astype(np.uint8)
 
         weight = g.weight(
             f"{name}.int{bits}", (out_size, n_blocks, block * bits // 8), values, TensorProto.UINT8
         )
-        scale = g.weight(f"{name}.scale", (out_size, n_blocks), lambda: make()[1])
+        scale = g.weight(f"{name}.scale", (out_size, n_blocks), lambda: made()[1])
         bias = self._bias(name)
         return g.op(
             "MatMulNBits",
@@ -194,37 +182,33 @@ class Products:
         """Names of the weight (in, out) in int8 and of its scales (out,), or of a part of both."""
         out_size, in_size = self._shape(name)
         rows, label = _rows(out_size, part)
-        n_rows = out_size // part[1]
-
-        def make() -> tuple[Array, Float32]:
-            return self._once(name, lambda: integers.int8_channels(self._matrix(name)))
-
+        n_rows, made = out_size // part[1], self._rounded(name, integers.int8_channels)
+        store = self.graph.weight
         return (
-            self.graph.weight(
+            store(
                 f"{name}{label}.int8",
                 (in_size, n_rows),
-                lambda: make()[0][rows].T,
+                lambda: made()[0][rows].T,
                 TensorProto.INT8,
             ),
-            self.graph.weight(f"{name}{label}.scale", (n_rows,), lambda: make()[1][rows]),
+            store(f"{name}{label}.scale", (n_rows,), lambda: made()[1][rows]),
         )
+
+    def _rounded(self, name: str, rounding: Rounding) -> Callable[[], tuple[Array, Float32]]:
+        """Integers and scales, which are written one after the other: one product's are held."""
+
+        def made() -> tuple[Array, Float32]:
+            if self._latest[0] != name:
+                self._latest = ("", None)
+                self._latest = (name, rounding(self._matrix(name)))
+            found: tuple[Array, Float32] = self._latest[1]
+            return found
+
+        return made
 
     def _int4(self, name: str, block: int) -> Callable[[], tuple[Array, Float32]]:
         importance = self.recipe.importance.get(name)
-        return lambda: self._once(
-            name, lambda: integers.int4_blocks(self._matrix(name), block, importance)
-        )
-
-    def _int8_blocks(self, name: str, block: int) -> Callable[[], tuple[Array, Float32]]:
-        return lambda: self._once(name, lambda: integers.int8_blocks(self._matrix(name), block))
-
-    def _once(self, name: str, make: Callable[[], tuple[Array, Float32]]) -> tuple[Array, Float32]:
-        """Integers and scales are written one after the other: hold one product's, no more."""
-        if self._latest[0] != name:
-            self._latest = ("", None)
-            self._latest = (name, make())
-        found: tuple[Array, Float32] = self._latest[1]
-        return found
+        return self._rounded(name, lambda weight: integers.int4_blocks(weight, block, importance))
 
     def _input_scale(self, name: str, scale: np.float32, zero: np.integer[Any]) -> tuple[str, str]:
         kind = TensorProto.UINT8 if isinstance(zero, np.uint8) else TensorProto.INT8

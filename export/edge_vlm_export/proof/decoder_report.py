@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
 
 from edge_vlm.bundle.report import Calibration, DecoderFile, DecoderReport
-from edge_vlm_export.decoder.quantizer import stored_tensors
+from edge_vlm.errors import EdgeVLMError
+from edge_vlm_export.decoder.quantizer import type_bits
 from edge_vlm_export.proof.fidelity import compare
 from edge_vlm_export.samples.conversations import BUILTIN, Sample, builtin_samples, split
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 ENOUGH_POSITIONS = 512  # of held-out prompts when nothing is calibrated
 MAX_LIKELIHOOD = 600.0  # nats; keeps a perplexity finite
-_UNUSED = ("f32",)  # norms, which no type but f32 stores
 
 
 def source_name(calibrate: str | Path | None) -> str:
@@ -86,16 +87,20 @@ def decoder_file(path: Path, calibration: Calibration | None) -> DecoderFile:
     Raises:
         EdgeVLMError: the file cannot be read.
     """
-    tensors = stored_tensors(path)
-    weights = [tensor for tensor in tensors if tensor.type not in _UNUSED] or tensors
-    counts = Counter(tensor.type for tensor in tensors)
-    usual = Counter(tensor.type for tensor in weights).most_common(1)[0][0]
-    bits = {tensor.type: 8 * tensor.n_bytes / tensor.n_values for tensor in weights}
-    kept = [tensor.name for tensor in weights if bits[tensor.type] > bits[usual]]
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise EdgeVLMError(f"{path}: cannot be read back ({error})") from error
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in tensors}
+    # Norms are f32 in every file.
+    weights = [name for name, kind in types.items() if kind != "f32"] or list(types)
+    usual = type_bits(Counter(types[name] for name in weights).most_common(1)[0][0])
+    n_bytes = sum(int(tensor.n_bytes) for tensor in tensors)
+    n_values = sum(int(tensor.n_elements) for tensor in tensors)
     return DecoderFile(
         n_bytes=path.stat().st_size,
-        bits_per_weight=8 * sum(t.n_bytes for t in tensors) / sum(t.n_values for t in tensors),
-        types=dict(counts.most_common()),
-        kept=tuple(kept),
+        bits_per_weight=8 * n_bytes / n_values,
+        types=dict(Counter(types.values()).most_common()),
+        kept=tuple(name for name in weights if type_bits(types[name]) > usual),
         calibration=calibration,
     )

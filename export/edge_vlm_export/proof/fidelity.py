@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +48,9 @@ def compare(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fidelity:
-    """Compare a decoder file with the checkpoint it was made from.
+    """Compare the decoder file ``gguf`` with the checkpoint it was made from.
 
-    Args:
-        gguf: the file.
-        model: the checkpoint.
-        prompts: what both compute.
-        threads: for llama.cpp.
-        progress: called with steps done and their total.
+    ``threads`` are llama.cpp's; ``progress`` is called with steps done and their total.
 
     Raises:
         EdgeVLMError: llama.cpp cannot load or run the file.
@@ -68,14 +64,13 @@ def compare(
         progress=lambda layers: progress(layers, total),
     )
     with tempfile.TemporaryDirectory(prefix="edge-vlm-") as folder:
-        data, result = Path(folder) / "prompts.npz", Path(folder) / "result.npz"
-        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        data = Path(folder) / "prompts.npz"
+        arrays: dict[str, Any] = {}
         for index, (prompt, rows) in enumerate(zip(prompts, hidden, strict=True)):
             arrays |= {f"ids{index}": prompt.ids, f"rows{index}": prompt.rows}
             arrays[f"hidden{index}"] = rows
-        with data.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs want its own keywords
-        call_apart(
+        np.savez(data, **arrays)
+        found = call_apart(
             f"{__name__}:compare_here",
             lambda done, _: progress(n_layers + done, total),
             gguf=str(gguf),
@@ -83,15 +78,8 @@ def compare(
             data=str(data),
             n_prompts=len(prompts),
             threads=threads,
-            result=str(result),
         )
-        with np.load(result) as found:
-            return Fidelity(
-                divergence=found["divergence"],
-                same_top=found["same_top"],
-                nll_reference=found["nll_reference"],
-                nll=found["nll"],
-            )
+    return Fidelity(*map(np.array, zip(*found, strict=True)))
 
 
 def compare_here(
@@ -102,9 +90,8 @@ def compare_here(
     data: str,
     n_prompts: int,
     threads: int,
-    result: str,
-) -> None:
-    """``compare`` in this process, from files to a file."""
+) -> list[tuple[float, bool, float, float]]:
+    """``compare`` in this process, from files; what ``distance`` gives for each position."""
     from edge_vlm_export.decoder.logits import Run, loaded
 
     reference = Reference(Model(Path(checkpoint)))
@@ -124,8 +111,7 @@ def compare_here(
                 progress(index + 1, n_prompts)
         finally:
             run.close()
-    divergence, same_top, nll_reference, nll = map(np.array, zip(*parts, strict=True))
-    np.savez(result, divergence=divergence, same_top=same_top, nll_reference=nll_reference, nll=nll)
+    return parts
 
 
 def distance(

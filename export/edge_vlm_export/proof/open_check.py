@@ -8,8 +8,8 @@ from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
 from edge_vlm.decoder.llama import api
 from edge_vlm.errors import EdgeVLMError
 from edge_vlm.families.base import family_of
-from edge_vlm.machine.process import import_onnxruntime
 from edge_vlm_export.decoder.logits import loaded
+from edge_vlm_export.vision.stagewise import session
 
 
 def verify_bundle(folder: Path) -> None:
@@ -27,21 +27,13 @@ def verify_bundle(folder: Path) -> None:
 
 
 def _verify_vision(bundle: Bundle) -> None:
-    onnxruntime = import_onnxruntime()
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Without optimization: faster, and weights are not copied.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(
-            str(bundle.file(VISION_NAME)), options, providers=["CPUExecutionProvider"]
-        )
+    try:  # without optimization: faster, and weights are not copied
+        opened = session(str(bundle.file(VISION_NAME)), optimized=False)
     except Exception as error:
         raise EdgeVLMError(f"onnxruntime cannot load {VISION_NAME} ({error})") from error
     images, hidden = bundle.manifest.image_processor, bundle.manifest.decoder.hidden_size
     # Fixed to one crop for engines that need it, else open.
-    n_crops = 1 if session.get_inputs()[0].shape[0] == 1 else "n_crops"
+    n_crops = 1 if opened.get_inputs()[0].shape[0] == 1 else "n_crops"
     family = family_of(images)
     expected = {
         "crops": [n_crops, *images.crop_shape],
@@ -50,7 +42,7 @@ def _verify_vision(bundle: Bundle) -> None:
     }
     if family.n_markers:
         expected["marker_embeddings"] = [family.n_markers, hidden]
-    values = [*session.get_inputs(), *session.get_outputs()]
+    values = [*opened.get_inputs(), *opened.get_outputs()]
     found = {value.name: value.shape for value in values}
     if found != expected:
         raise EdgeVLMError(f"{VISION_NAME} has {found}, expected {expected}")

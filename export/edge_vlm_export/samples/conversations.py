@@ -6,15 +6,14 @@ better.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.bundle.json_text import decode, parse_json, read_bounded
 from edge_vlm.errors import InputError
 from edge_vlm.prompt.messages import Message, Text, user_message
 from edge_vlm_export.samples.drawn import drawn_conversations
@@ -105,10 +104,7 @@ def read_samples(source: str | Path) -> list[Sample]:
 def _listed_questions(path: Path, pictures: set[str]) -> dict[str, list[Turn]]:
     if not path.exists():
         return {}
-    try:
-        data: Any = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid JSON ({error})") from error
+    data = parse_json(_text(path), path, InputError)
     if not isinstance(data, list):
         raise InputError(f"{path}: must be a list of objects with image, question and answer")
     found: dict[str, list[Turn]] = {}
@@ -128,23 +124,14 @@ def _listed_questions(path: Path, pictures: set[str]) -> dict[str, list[Turn]]:
 def _lines(path: Path) -> list[Turn]:
     if not path.exists():
         return []
-    turns: list[Turn] = []
-    for line in _text(path).splitlines():
-        question, _, answer = line.partition("\t")
-        if question.strip():
-            turns.append((question.strip(), answer.strip() or None))
-    return turns
+    pairs = [line.partition("\t")[::2] for line in _text(path).splitlines()]
+    return [
+        (question.strip(), answer.strip() or None) for question, answer in pairs if question.strip()
+    ]
 
 
 def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise InputError(f"{path}: is larger than {MAX_TEXT_BYTES >> 20} MiB")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text") from error
+    return decode(read_bounded(path, MAX_TEXT_BYTES, InputError), path, InputError)
 
 
 _GENERAL = (

@@ -48,11 +48,7 @@ class CalibrationTiles:
 
 
 def chosen_tiles(calibrate: str | Path | None, model: Description) -> CalibrationTiles:
-    """As many as an export uses with this choice of ``calibrate``.
-
-    Raises:
-        InputError, ImageError: see ``calibration_tiles``.
-    """
+    """``calibration_tiles``, as many as an export uses with this choice of ``calibrate``."""
     limit = CALIBRATION_TILES if calibrate else QUICK_TILES
     return calibration_tiles(calibrate or BUILTIN, model, limit)
 

@@ -8,32 +8,25 @@ vision tower's activations can be.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 UInt8 = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
 Drawn = tuple[UInt8, tuple[tuple[str, str], ...]]  # (height, width, 3), questions and answers
 
 _SIDE = 378  # pixels: one tile and the thumbnail with jina-vlm's released sizes
 _LARGE = 512
+_INK = (25, 25, 30)
 _WORDS = "receipt total date 2024 paper street open Montag señal 3.50 % north invoice été 17:45"
 
 
 def drawn_conversations(number: int) -> Iterator[Drawn]:
     """One of each kind, the same for each number."""
-    kinds: tuple[Callable[[random.Random], Drawn], ...] = (
-        _receipt,
-        _chart,
-        _shapes,
-        _sign,
-        _table,
-        _scene,
-        _page,
-    )
-    for kind in kinds:
+    for kind in (_receipt, _chart, _shapes, _sign, _table, _scene, _page):
         yield kind(random.Random(f"{kind.__name__} {number}"))  # noqa: S311 - always the same
 
 
@@ -243,19 +236,14 @@ def _page(rng: random.Random) -> Drawn:
 
 
 def _canvas(
-    colour: tuple[int, int, int], width: int = _SIDE, height: int = _SIDE
+    colour: Colour, width: int = _SIDE, height: int = _SIDE
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (width, height), colour)
     return image, ImageDraw.Draw(image)
 
 
 def _write(
-    draw: ImageDraw.ImageDraw,
-    x: float,
-    y: float,
-    text: str,
-    size: int,
-    colour: tuple[int, int, int] = (25, 25, 30),
+    draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, colour: Colour = _INK
 ) -> None:
     draw.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
 

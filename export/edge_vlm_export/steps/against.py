@@ -22,8 +22,6 @@ from edge_vlm_export.samples.prompts import PromptMaker
 from edge_vlm_export.steps.description import build_manifest
 from edge_vlm_export.vision.vision_file import measure_vision
 
-_SAME = ("image_processor", "tokens", "prompt")
-
 
 def measure_bundle(
     bundle: Bundle,
@@ -40,8 +38,8 @@ def measure_bundle(
     Args:
         bundle: a verified bundle.
         checkpoint: the folder it was exported from.
-        samples: "builtin" or a folder, see ``calibration.read_samples``: measure on all its
-            held-out prompts; by default on a few built-in ones.
+        samples: "builtin" or a folder, see ``read_samples``: measure on all its held-out prompts;
+            by default on a few built-in ones.
         progress: called with a stage, what is done and the total.
 
     Raises:
@@ -87,6 +85,6 @@ def _check_same_model(model: Model, manifest: Manifest) -> None:
     """Compare what does not depend on precisions and files."""
     precisions = manifest.vision.precision, manifest.decoder.precision
     expected = build_manifest(model, manifest.model, manifest.files, *precisions, None)
-    for part in ("family", "decoder", *_SAME):
+    for part in ("family", "decoder", "image_processor", "tokens", "prompt"):
         if getattr(expected, part) != getattr(manifest, part):
             raise CheckpointError(f"{model.folder}: is another model than the bundle's ({part})")

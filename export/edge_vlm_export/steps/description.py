@@ -83,14 +83,15 @@ def record_files(
 ) -> dict[str, FileRecord]:
     """Size and SHA-256 of files, as read back from disk; ``read`` is told the bytes so far."""
     records: dict[str, FileRecord] = {}
+    done = 0
     for path in paths:
-        before = sum(record.size for record in records.values())
 
-        def told(n_bytes: int, before: int = before) -> None:
+        def told(n_bytes: int, before: int = done) -> None:
             read(before + n_bytes)
 
         digest = sha256_of(path, told)
         records[path.name] = FileRecord(size=path.stat().st_size, sha256=digest)
+        done += records[path.name].size
     return records
 
 

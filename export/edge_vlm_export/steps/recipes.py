@@ -1,25 +1,19 @@
 """Recipes: what ``edge-vlm export`` chooses for a kind of device, in ``models/recipes/*.toml``.
 
 A file holds options of ``edge-vlm export``, options of ``edge-vlm ask`` that suit the device, the
-reason, and what the released model then takes, which ``expected`` computes from its sizes.
+reason, and what the released model then takes.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge_vlm.bundle.json_text import first_problem
+from edge_vlm.bundle.json_text import decode, first_problem, read_bounded
 from edge_vlm.errors import InputError
-from edge_vlm.machine.engine_settings import untuned
-from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.planning.limits import request_settings
-from edge_vlm.planning.models import model_sizes
-from edge_vlm.planning.request import plan_request
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +21,7 @@ else:
     import tomli as tomllib
 
 MAX_RECIPE_BYTES = 1 << 16
-PICTURE = (2728, 2046)  # width and height of the picture that ``expected`` is about
+PICTURE = (2728, 2046)  # width and height of the picture that ``Expected`` is about
 
 _INSTALLED = Path(__file__).parents[1] / "_recipes"
 _SOURCE = Path(__file__).parents[3] / "models" / "recipes"
@@ -54,7 +48,11 @@ class Ask(_Part):
 
 
 class Expected(_Part):
-    """File sizes and peak memory in MB (10^6 bytes) for the released model."""
+    """What the released model takes in MB (10^6 bytes): computed from its sizes.
+
+    Memory is the peak while a question about a picture of twelve tiles (or the recipe's
+    ``max_tiles``) is answered with up to 512 tokens.
+    """
 
     processor: Literal["arm", "x86"]
     vision_mb: int = Field(ge=1)
@@ -98,43 +96,12 @@ def read_recipe(name: str) -> Recipe:
     if name not in names and path.suffix != ".toml":
         raise InputError(f"recipe: {name!r} is none of {', '.join(names)} and no .toml file")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-        if len(data) > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: is larger than {MAX_RECIPE_BYTES >> 10} KiB")
-        return Recipe.model_validate(tomllib.loads(data.decode("utf-8")))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        text = decode(read_bounded(path, MAX_RECIPE_BYTES, InputError), path, InputError)
+        return Recipe.model_validate(tomllib.loads(text))
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error)}") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except ValueError as error:
         raise InputError(f"{path}: is not valid TOML ({error})") from error
-
-
-def expected(recipe: Recipe) -> Expected:
-    """What the released model takes, computed from its sizes; norms and biases are left out.
-
-    Memory is the peak while a question about a picture of twelve tiles (or the recipe's
-    ``max_tiles``) is answered with up to 512 tokens.
-    """
-    model = model_sizes(recipe.vision, recipe.decoder)
-    on_gpu = recipe.ask.gpu_layers is not None
-    if on_gpu:  # keeps fp16 as it is: the planner's copies are those of the CPU
-        seeing = model.vision.model_copy(update={"precision": "as stored"})
-        model = replace(model, vision=seeing)
-    family = recipe.expected.processor
-    machine = MachineSettings(
-        kv_type=recipe.ask.kv_type or "f16", residency=recipe.ask.residency or "together"
-    )
-    engines = untuned(model.decoder.precision, arm=family == "arm")
-    settings = request_settings(machine, engines, processor_family=family)
-    plan = plan_request(model, *PICTURE, settings, max_tiles=recipe.ask.max_tiles)
-    return Expected(
-        processor=recipe.expected.processor,
-        vision_mb=round(model.vision_bytes / 1e6),
-        decoder_mb=round(model.decoder_bytes / 1e6),
-        memory_mb=round(plan.memory.peak / 1e6),
-    )
 
 
 def listing() -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
@@ -23,7 +24,8 @@ from edge_vlm_export.synthetic.checkpoint import (
     synthesize,
 )
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
+if TYPE_CHECKING:
+    from edge_vlm_export.counted import Progress
 
 
 def synthetic_bundle(
@@ -41,9 +43,9 @@ def synthetic_bundle(
     How much the bundle loses against it is not measured: its answers mean nothing.
 
     Args:
-        config: "jina-vlm", "demo", or a folder with a checkpoint's settings files.
+        config: See ``synthesize``, also for ``out`` and ``seed``.
         recipe: Name of a recipe, see ``recipes.py``.
-        out: Folder to create; its parent has to exist.
+        out: Folder to create.
         seed: Of the random numbers.
         progress: See ``export_checkpoint``; the first stage is "weights".
         notice: Called with a line about what the export will need.
@@ -58,12 +60,13 @@ def synthetic_bundle(
     n_values = sum(math.prod(shape) for shape in Description(source).shapes().values())
     # The checkpoint, the decoder before it is quantized, and what becomes of both.
     check_space(out.parent, 3 * BYTES_PER_VALUE * n_values)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        checkpoint = synthesize(source, scratch / "checkpoint", seed=seed, progress=progress)
+    with TemporaryDirectory(
+        prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        checkpoint = synthesize(source, Path(scratch, "checkpoint"), seed=seed, progress=progress)
         bundle = export_checkpoint(
             checkpoint,
-            scratch / "bundle",
+            Path(scratch, "bundle"),
             name=f"random-{config if config in configs() else source.name}",
             progress=progress,
             notice=notice,
@@ -71,10 +74,7 @@ def synthetic_bundle(
             allow_loss=True,
             **chosen.options(),
         )
-        bundle.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return out
+        return bundle.rename(out)
 
 
 def cached_synthetic_bundle(
@@ -87,8 +87,7 @@ def cached_synthetic_bundle(
     """The bundle of ``synthetic_bundle`` in the cache folder, made when it is not there yet.
 
     Raises:
-        InputError, EdgeVLMError: see ``synthetic_bundle``; only the named configs and recipes are
-            cached.
+        InputError, EdgeVLMError: see ``synthetic_bundle``; a config or recipe is none of the named.
     """
     if config not in configs():
         raise InputError(f"synthetic: {config!r} is none of {', '.join(configs())}")

@@ -6,7 +6,7 @@ spread keeps every activation finite: 1 / sqrt(inputs) for a matmul, and less wh
 the residual stream. What such a model answers means nothing.
 
 Qwen's vocabulary is not part of this package, so the tokenizer is made up too, unless the folder
-that the settings come from has one: see ``synthetic_tokenizer.py``.
+that the settings come from has one: see ``tokenizer.py``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from edge_vlm.errors import CheckpointError, InputError
 from edge_vlm_export.checkpoint.config_file import read_object
 from edge_vlm_export.checkpoint.new_folder import check_space, check_target, new_folder
-from edge_vlm_export.checkpoint.tensors import INDEX_NAME, WEIGHTS_NAME, Float32, Shape
+from edge_vlm_export.checkpoint.tensors import INDEX_NAME, Float32, Shape
 from edge_vlm_export.checkpoint.tokenizer import NAMES, TOKENIZER_NAME
+from edge_vlm_export.counted import Counted, Progress
 from edge_vlm_export.families.opened import Description
 from edge_vlm_export.families.registry import families, family_of
 from edge_vlm_export.synthetic.tokenizer import tokenizer_files
-
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in total
 
 TOKENIZER_FILES = (TOKENIZER_NAME, *NAMES)
 SHARD_BYTES = 2 * 10**9
@@ -51,6 +51,7 @@ def synthesize(
     layers: int | None = None,
     vision_layers: int | None = None,
     seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
     """Write a random bfloat16 checkpoint to the new folder ``out``.
@@ -61,11 +62,9 @@ def synthesize(
         layers: Decoder layers, where fewer or more than the config's are wanted.
         vision_layers: Layers of the vision tower, likewise.
         seed: The same seed, name and shape give the same tensor.
+        shard_bytes: What a file of weights holds at most, or one larger tensor.
         progress: Called with "weights", the bytes done and the bytes in total. An exception it
             raises stops the work and leaves nothing behind.
-
-    Returns:
-        ``out``.
 
     Raises:
         CheckpointError: the settings files are missing, malformed or not supported.
@@ -78,19 +77,9 @@ def synthesize(
         _write_settings(source, folder, layers, vision_layers)
         model = Description(folder)
         _write_tokenizer(source, folder, model, seed)
-        shapes = model.shapes()
-        total = sum(BYTES_PER_VALUE * math.prod(shape) for shape in shapes.values())
-        check_space(out.parent, total)
-        done = 0
-
-        def written(n_bytes: int) -> None:
-            nonlocal done
-            done += n_bytes
-            if progress is not None:
-                progress("weights", done, total)
-
-        written(0)
-        _write_weights(folder, shapes, model, seed, written)
+        n_bytes = BYTES_PER_VALUE * sum(map(math.prod, model.shapes().values()))
+        check_space(out.parent, n_bytes)
+        _write_weights(folder, model, seed, shard_bytes, Counted("weights", n_bytes, progress))
     return out
 
 
@@ -154,41 +143,23 @@ def _write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) 
 
 
 def _write_weights(
-    folder: Path,
-    shapes: Mapping[str, Shape],
-    model: Description,
-    seed: int,
-    written: Callable[[int], None],
+    folder: Path, model: Description, seed: int, shard_bytes: int, written: Callable[[int], None]
 ) -> None:
-    shards = list(_shards(shapes))
-    names = [WEIGHTS_NAME]
-    if len(shards) > 1:
-        n = len(shards)
-        names = [f"model-{index + 1:05d}-of-{n:05d}.safetensors" for index in range(n)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, model, seed, written)
-    if len(shards) > 1:
-        weight_map = {
-            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        n_values = sum(math.prod(shape) for shape in shapes.values())
-        sizes = {"total_parameters": n_values, "total_size": BYTES_PER_VALUE * n_values}
-        content = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / INDEX_NAME, content)
-
-
-def _shards(shapes: Mapping[str, Shape]) -> Iterator[dict[str, Shape]]:
-    """Consecutive tensors in groups of at most ``SHARD_BYTES``, or one larger tensor."""
-    shard: dict[str, Shape] = {}
-    size = 0
-    for name, shape in shapes.items():
-        n_bytes = BYTES_PER_VALUE * math.prod(shape)
-        if shard and size + n_bytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = shape
-        size += n_bytes
-    yield shard
+    """One file, or several of at most ``shard_bytes`` (or one larger tensor) and their index."""
+    shapes = model.shapes()
+    split = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: BYTES_PER_VALUE * math.prod(shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_shard(folder / file, {name: shapes[name] for name in names}, model, seed, written)
+    if split.is_sharded:
+        n_values = sum(map(math.prod, shapes.values()))
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        content = {"metadata": {"total_parameters": n_values, **split.metadata}}
+        _write_json(folder / INDEX_NAME, content | {"weight_map": weight_map})
 
 
 def _write_shard(

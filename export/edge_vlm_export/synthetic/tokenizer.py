@@ -1,29 +1,27 @@
 """A byte-level BPE of any size, with Qwen2's splitting rule.
 
-Its merges are made up: pieces of two letters, of three, then pairs of two-letter pieces in a random
-order, each with and without the space in front, until the vocabulary is full. English takes about
-twice as many tokens as with a trained vocabulary of this size.
+Its settings are in ``configs/byte-level``, its merges are made up: pieces of two letters, of three,
+then pairs of two-letter pieces in a random order, each with and without the space in front, until
+the vocabulary is full. English takes about twice as many tokens as with a trained vocabulary of
+this size.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from itertools import islice, product
+from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from edge_vlm.errors import InputError
-from edge_vlm_export.checkpoint.tokenizer import SPLITS, TOKENIZER_NAME, byte_alphabet
+from edge_vlm_export.checkpoint.tokenizer import TOKENIZER_NAME, byte_alphabet
 
 MAX_MERGES = 26**2 + 2 * 26 + 2 * 26**2 + 26**3 + 2 * 26**4  # what ``_pairs`` yields
 SPACE = "\u0120"  # how a byte-level vocabulary writes a space
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": False,
-    "use_regex": False,
-}
+_TEMPLATES = Path(__file__).parents[1] / "configs" / "byte-level"
 
 
 def tokenizer_files(special: Mapping[str, int], seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -40,9 +38,18 @@ def tokenizer_files(special: Mapping[str, int], seed: int = 0) -> dict[str, dict
         raise InputError(f"no tokenizer has {end_of_text} at {size}")
     others = [text for text in special if text != end_of_text]
     ends = {f"{role}_token": end_of_text for role in ("bos", "eos", "pad")}
+    tokenizer, config = (
+        json.loads((_TEMPLATES / name).read_text(encoding="utf-8"))
+        for name in (TOKENIZER_NAME, "tokenizer_config.json")
+    )
+    added = {number: {**_token(text), "special": True} for text, number in special.items()}
+    tokenizer["added_tokens"] = [{"id": number, **token} for number, token in added.items()]
+    tokenizer["model"]["vocab"], tokenizer["model"]["merges"] = _vocabulary(size, seed)
+    config["added_tokens_decoder"] = {str(number): token for number, token in added.items()}
+    config |= {"additional_special_tokens": others, **ends}
     return {
-        TOKENIZER_NAME: _tokenizer(_vocabulary(size, seed), special),
-        "tokenizer_config.json": _config(special, others, ends),
+        TOKENIZER_NAME: tokenizer,
+        "tokenizer_config.json": config,
         "special_tokens_map.json": {
             "additional_special_tokens": [_token(text) for text in others],
             **{role: _token(text) for role, text in ends.items()},
@@ -75,60 +82,6 @@ def _pairs(order: random.Random) -> Iterator[tuple[str, str]]:
     for left, right in four:
         yield left, right
         yield f"{SPACE}{left}", right
-
-
-def _tokenizer(
-    model: tuple[dict[str, int], list[list[str]]], special: Mapping[str, int]
-) -> dict[str, Any]:
-    vocabulary, merges = model
-    split = {"type": "Split", "pattern": {"Regex": SPLITS["qwen2"][0]}, "behavior": "Isolated"}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": number, **_token(text), "special": True} for text, number in special.items()
-        ],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{**split, "invert": False}, BYTE_LEVEL],
-        },
-        "post_processor": BYTE_LEVEL,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
-    }
-
-
-def _config(
-    special: Mapping[str, int], others: list[str], ends: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(number): {**_token(text), "special": True} for text, number in special.items()
-        },
-        "additional_special_tokens": others,
-        **ends,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": 131072,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
 
 
 def _token(text: str) -> dict[str, Any]:

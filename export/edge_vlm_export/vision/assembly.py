@@ -21,18 +21,17 @@ from onnx import TensorProto, helper
 
 from edge_vlm_export.graph.architecture import CROPS
 from edge_vlm_export.graph.layers import Layers
-from edge_vlm_export.graph.precision import Recipe
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.graph.onnx_graph import Graph
+    from edge_vlm_export.graph.precision import Recipe
 
 PRODUCER = "edge-vlm"
 
 
-def build_vision(model: Model, precision: str | Recipe) -> Graph:
+def build_vision(model: Model, recipe: Recipe) -> Graph:
     """The graph of ``vision.onnx``; the checkpoint's tensors are read when it is saved."""
-    recipe = precision if isinstance(precision, Recipe) else Recipe(precision)
     tower = model.tower
     layers = Layers(tower.linears, model.tensors, recipe)
     g = layers.graph
@@ -40,7 +39,7 @@ def build_vision(model: Model, precision: str | Recipe) -> Graph:
     for stage in tower.stages:
         stage.add(layers)
     features = tower.stages[-1].writes
-    shape = (layers.n_crops, *tower.out_shape)
+    shape = (layers.n_crops, *tower.stages[-1].shape)
     g.mark(features, shape)
     added = model.added_row()
     if added is None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm_export.graph.precision import HIGHER, Recipe
 
@@ -100,10 +99,11 @@ def fit(
     When even all of them do not suffice, the recipe with all of them is returned.
     """
 
+    def keeping(kept: Sequence[str]) -> Recipe:
+        return recipe.keeping(dict.fromkeys(kept, HIGHER[recipe.precision]))
+
     def measure(kept: Sequence[str]) -> Loss:
-        higher = HIGHER[recipe.precision]
-        chosen = recipe.keeping(dict.fromkeys(kept, higher))
-        return loss(tower.features(chosen, tiles, step), exact)
+        return loss(tower.features(keeping(kept), tiles, step), exact)
 
     before = measure([])
     if before.meets(min_cosine):
@@ -116,7 +116,8 @@ def fit(
     # Between `short`, which is known not to suffice, and `enough`, which is known to.
     short, enough = 0, len(order)
     results = {0: before}
-    n_kept = _first_guess(shares, before.excess(min_cosine))
+    # As many of the most sensitive as would do if losses simply added up.
+    n_kept = int(np.searchsorted(shares, 1 - 1 / before.excess(min_cosine))) + 1
     while enough - short > 1 and len(results) < _MAX_MEASUREMENTS:
         n_kept = min(max(n_kept, short + 1), enough - 1)
         results[n_kept] = measure(order[:n_kept])
@@ -129,13 +130,7 @@ def fit(
             n_kept = short + max(1, (enough - short) // 4)
     if enough not in results:
         results[enough] = measure(order[:enough])
-    kept = dict.fromkeys(order[:enough], HIGHER[recipe.precision])
-    return Found(recipe.keeping(kept), before, results[enough], sensitivity)
-
-
-def _first_guess(shares: npt.NDArray[np.float64], excess: float) -> int:
-    """How many of the most sensitive products to keep if losses simply added up."""
-    return int(np.searchsorted(shares, 1 - 1 / excess)) + 1
+    return Found(keeping(order[:enough]), before, results[enough], sensitivity)
 
 
 def sensitivities(

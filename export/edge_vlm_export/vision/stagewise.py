@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.machine.process import import_onnxruntime
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
 from edge_vlm_export.graph.layers import Layers
 from edge_vlm_export.vision.assembly import declare
 
 if TYPE_CHECKING:
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.graph.architecture import Stage
     from edge_vlm_export.graph.precision import Recipe
     from edge_vlm_export.samples.crops import CalibrationTiles
+    from edge_vlm_export.vision.calibration import Inputs
 
 _FATAL = 4
-Observe = Callable[[Mapping[str, Float32]], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StagedTower:
         self.linears = model.tower.linears
         self.stages = model.tower.stages
         self.products = model.tower.products
-        self.n_weights = sum(self.linears[name].n_weights for name in self.products)
+        self.n_weights = sum(linear.n_out * linear.n_in for linear in self.linears.values())
 
     def runner(self, stage: Stage, recipe: Recipe) -> StageRunner:
         """A session of one stage; drop it before making the next one."""
@@ -51,19 +51,18 @@ class StagedTower:
         """What the first stage reads."""
         return State(tiles.crops, tiles.feed)
 
-    def advance(
-        self, runner: StageRunner, state: State, observe: Observe = lambda inputs: None
-    ) -> State:
+    def advance(self, runner: StageRunner, state: State, seen: Mapping[str, Inputs] = {}) -> State:
         """Run a stage on each tile; returns the state behind it.
 
-        ``observe`` is called for each tile with what every product of the stage read.
+        What every product of the stage reads is added to ``seen``.
         """
         stage, outputs = runner.stage, []
         for index in range(len(state.x)):
             feed = {name: state.values[name][index : index + 1] for name in stage.reads}
             output, inputs = runner.run(feed)
             outputs.append(output)
-            observe(inputs)
+            for product, statistics in seen.items():
+                statistics.add(inputs[product])
         values = state.values | {stage.writes: np.concatenate(outputs)}
         later = self.stages[self.stages.index(stage) + 1 :]
         read = {name for following in later for name in following.reads}
@@ -109,11 +108,13 @@ class StageRunner:
         return values[self.stage.writes], {name: values[x] for name, x in self._reads.items()}
 
 
-def session(model: bytes | str) -> Any:
+def session(model: bytes | str, optimized: bool = True) -> Any:
     """A quiet onnxruntime session for a model in memory or a path."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False  # gives memory back after each run
     # Small runs with work of our own between them: a thread that waits must not hold a core.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,50 +32,50 @@ class VisionFile:
     """What was written, and how good it is."""
 
     files: list[Path]
-    products: Mapping[str, str]  # precision of every matrix product
+    recipe: Recipe  # as found: with the products that are kept, channels moved
     unkept: Loss | None  # of everything quantized, channels moved
-    report: VisionReport
+    report: VisionReport | None
 
 
 def write_vision(
     model: Model,
     path: Path,
-    tiles: CalibrationTiles,
+    tiles: CalibrationTiles | None,
+    recipe: Recipe,
     *,
-    precision: str = "int8",
-    target: str = "cpu",
-    batch: int | None = None,
     min_cosine: float = MIN_COSINE,
     fit_budget: bool = True,
     progress: Progress = lambda done, total: None,
     written: Written = lambda n_bytes: None,
     external_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> VisionFile:
-    """Write the graph to ``path`` (large weights beside it) and measure it.
+    """Write the graph to ``path`` and measure it.
 
     Args:
         model: The checkpoint.
-        path: The file to write.
-        tiles: To calibrate and to measure with.
-        precision: One of ``PRECISIONS``.
-        target: One of ``TARGETS``.
-        batch: Number of crops in a run when it is to be fixed.
+        path: The file; weights larger than ``external_bytes`` together go to one beside it.
+        tiles: To calibrate and to measure with; without them nothing is measured, and only what
+            needs no calibration can be written.
+        recipe: Precision, target, and the number of crops in a run when it is to be fixed.
         min_cosine: The budget: see ``error_budget``.
         fit_budget: Keep products in higher precision when the budget asks for it.
         progress: Called with stages run and stages to run, as far as known.
         written: Told the bytes of each weight written.
-        external_bytes: Weights larger than this together go to a second file.
+        external_bytes: See ``path``.
 
     Raises:
-        CheckpointError: a tensor cannot be read.
+        CheckpointError: a tensor cannot be read or does not fit the precision.
         EdgeVLMError: onnxruntime refuses what was written, which is a fault of the exporter.
     """
-    tower = StagedTower(model)
-    steps = _Steps(len(tower.stages), progress)
-    recipe, unkept = Recipe(precision, target), None
+    if tiles is None:
+        files = build_vision(model, recipe).save(path, external_bytes, written, PRODUCER)
+        return VisionFile(files, recipe, None, None)
+    tower, batch = StagedTower(model), recipe.batch
+    steps = _counter(len(tower.stages), progress)
+    unkept: Loss | None = None
     kept: tuple[str, ...] = ()
-    if precision in QUANTIZED:
-        exact, recipe = calibrate(tower, recipe, tiles, smooth=True, step=steps)
+    if recipe.precision in QUANTIZED:
+        exact, recipe = calibrate(tower, replace(recipe, batch=None), tiles, True, steps)
         if fit_budget:
             found = fit(tower, recipe, tiles, exact, min_cosine, steps)
             recipe, unkept, kept = found.recipe, found.before, found.kept
@@ -82,17 +83,15 @@ def write_vision(
         exact = tower.features(Recipe(target="cpu"), tiles, steps)
     graph = build_vision(model, replace(recipe, batch=batch))
     files = graph.save(path, external_bytes, written, PRODUCER)
-    measured = _measure(model, path, tiles, exact, batch)
     n_bytes = sum(file.stat().st_size for file in files)
-    report = vision_report(tower, measured, len(tiles), n_bytes, min_cosine, kept)
-    products = {name: recipe.of(name) for name in tower.products}
-    return VisionFile(files, products, unkept, report)
+    report = _report(tower, path, n_bytes, tiles, exact, min_cosine, kept, batch or 1)
+    return VisionFile(files, recipe, unkept, report)
 
 
 def largest_bytes(model: Model, precision: str) -> int:
     """What the weights of a precision can need on disk, if the budget keeps every product."""
     widest = {"fp32": "fp32", "int4": "int8"}.get(precision, "fp16")
-    return int(build_vision(model, widest).n_bytes * 1.1)
+    return int(build_vision(model, Recipe(widest)).n_bytes * 1.1)
 
 
 def measure_vision(
@@ -111,30 +110,39 @@ def measure_vision(
         EdgeVLMError: onnxruntime refuses it.
     """
     tower = StagedTower(model)
-    steps = _Steps(len(tower.stages), progress)
+    steps = _counter(len(tower.stages), progress)
     exact = tower.features(Recipe(target="cpu"), tiles, steps)
-    measured = _measure(model, path, tiles, exact, None)
-    return vision_report(tower, measured, len(tiles), n_bytes, min_cosine, kept)
+    return _report(tower, path, n_bytes, tiles, exact, min_cosine, kept)
 
 
-def vision_report(
+def _report(
     tower: StagedTower,
-    found: Loss,
-    n_tiles: int,
+    path: Path,
     n_bytes: int,
+    tiles: CalibrationTiles,
+    exact: Float32,
     min_cosine: float,
     kept: tuple[str, ...],
+    batch: int = 1,
 ) -> VisionReport:
-    """What was measured, in the form of the manifest."""
-    cosines = (found.cosine_mean, found.cosine_worst)
-    # Rounding can carry one past its range.
-    cosine_mean, cosine_worst = (min(1.0, max(-1.0, cosine)) for cosine in cosines)
+    """Run the written file on the tiles; a fixed batch is filled with copies."""
+    try:
+        written = session(str(path))
+        found = []
+        for index in range(len(tiles)):
+            feed = {name: values[[index] * batch] for name, values in tiles.feed.items()}
+            found.append(written.run(["embeddings"], feed)[0][0])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise EdgeVLMError(f"onnxruntime cannot run the written {path.name} ({error})") from error
+    embeddings, added = np.stack(found), tower.model.added_row()
+    lost = loss(embeddings if added is None else embeddings - added[1].read(), exact)
     return VisionReport(
-        n_tiles=n_tiles,
-        cosine_mean=cosine_mean,
-        cosine_worst=cosine_worst,
-        error_mean=found.error_mean,
-        error_worst=found.error_worst,
+        n_tiles=len(tiles),
+        # Rounding can carry a cosine past its range.
+        cosine_mean=min(1.0, max(-1.0, lost.cosine_mean)),
+        cosine_worst=min(1.0, max(-1.0, lost.cosine_worst)),
+        error_mean=lost.error_mean,
+        error_worst=lost.error_worst,
         min_cosine=min_cosine,
         min_cosine_worst=Loss.least_worst(min_cosine),
         n_bytes=n_bytes,
@@ -144,36 +152,12 @@ def vision_report(
     )
 
 
-def _measure(
-    model: Model, path: Path, tiles: CalibrationTiles, exact: Float32, batch: int | None
-) -> Loss:
-    """Run the written file on the tiles.
-
-    Raises:
-        EdgeVLMError: onnxruntime refuses it.
-    """
-    try:
-        written = session(str(path))
-        found = []
-        for index in range(len(tiles)):
-            chosen = [index] * (batch or 1)  # a fixed batch is filled with copies
-            feed = {name: values[chosen] for name, values in tiles.feed.items()}
-            found.append(written.run(["embeddings"], feed)[0][0])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise EdgeVLMError(f"onnxruntime cannot run the written {path.name} ({error})") from error
-    embeddings, added = np.stack(found), model.added_row()
-    return loss(embeddings if added is None else embeddings - added[1].read(), exact)
-
-
-class _Steps:
+def _counter(n_stages: int, progress: Progress) -> Callable[[], None]:
     """Counts stages; passes over the tower are added to the total as they begin."""
+    stages = count(1)
 
-    def __init__(self, n_stages: int, progress: Progress) -> None:
-        self.n_stages = n_stages
-        self.progress = progress
-        self.done = 0
+    def step() -> None:
+        done = next(stages)
+        progress(done, max(2, -(-done // n_stages)) * n_stages)
 
-    def __call__(self) -> None:
-        self.done += 1
-        passes = max(2, -(-self.done // self.n_stages))
-        self.progress(self.done, passes * self.n_stages)
+    return step

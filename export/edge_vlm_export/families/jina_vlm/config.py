@@ -15,7 +15,6 @@ from pydantic import ConfigDict, Field, model_validator
 from edge_vlm.bundle.json_text import shorten, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,
     Epsilon,
@@ -31,13 +30,13 @@ from edge_vlm_export.checkpoint.config_file import (
     TokenId,
     agree,
     check_same,
+    read_chat_template,
     read_part,
 )
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
 from edge_vlm_export.graph.architecture import AttentionSizes
 
-RUNTIME_KEYS = tuple(JinaImageProcessor.model_fields)
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
 
 
@@ -351,7 +350,8 @@ class Preprocessor(JinaImageProcessor):
 
     def image_processor(self) -> JinaImageProcessor:
         """The runtime's part."""
-        return JinaImageProcessor(**{key: getattr(self, key) for key in RUNTIME_KEYS})
+        keys = JinaImageProcessor.model_fields
+        return JinaImageProcessor(**{key: getattr(self, key) for key in keys})
 
 
 class Processor(Part):
@@ -380,12 +380,7 @@ class JinaSettings(Settings):
 
 
 def read_settings(folder: Path) -> JinaSettings:
-    """Read and validate the settings files in ``folder``.
-
-    Raises:
-        CheckpointError: a file is missing or malformed, files contradict each other, or a value is
-            not supported; the message names file, key and value.
-    """
+    """See ``Family.read_settings``."""
     path = folder / "config.json"
     config = read_part(Config, path)
     preprocessor = read_part(Preprocessor, folder / "preprocessor_config.json")

@@ -56,15 +56,12 @@ class JinaVLM(Family):
     }
 
     def read_settings(self, folder: Path) -> JinaSettings:
-        """See ``config``."""
         return read_settings(folder)
 
     def tower(self, settings: JinaSettings) -> Tower:
-        """See ``vision``."""
         return vision_tower(settings.vision, settings.image_processor)
 
     def decoder(self, settings: JinaSettings) -> LlamaLike:
-        """See ``decoder``."""
         return decoder(settings.text)
 
     def unused(self, settings: JinaSettings) -> Mapping[str, Shape]:

@@ -19,13 +19,13 @@ from edge_vlm_export.families.vit import (
     PatchEmbedding,
     Vit,
     block_output,
+    linear,
     norm_shapes,
 )
 from edge_vlm_export.graph.architecture import CROPS, Linear, Move, Stage, Tower
 
 if TYPE_CHECKING:
     from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
-    from edge_vlm_export.checkpoint.tensors import Shape
     from edge_vlm_export.families.jina_vlm.config import VisionSettings
     from edge_vlm_export.graph.layers import Layers
 
@@ -44,23 +44,13 @@ _NAMES = BlockNames(
 
 def vision_tower(vision: VisionSettings, images: JinaImageProcessor) -> Tower:
     """Blocks behind the last used hidden state are left out."""
-    vit = _vit(vision, images)
     connector = Connector(vision, images)
-    used = range(vision.n_used_layers)
-    linears, tensors = vit.embedding_linears(), vit.embedding_shapes()
-    for layer in used:
-        linears |= vit.block_linears(layer)
-        tensors |= vit.block_shapes(layer)
-    unused: dict[str, Shape] = {}
-    for layer in range(vision.n_used_layers, vision.n_layers):
-        unused |= vit.block_shapes(layer)
-        for linear in vit.block_linears(layer).values():
-            unused |= linear.shapes()
+    stages, linears, tensors, unused = _vit(vision, images).parts(vision.n_used_layers)
     final = norm_shapes(f"{VISION}post_lnorm", vision.hidden_size)
     (tensors if vision.uses_final_norm else unused).update(final)
     return Tower(
         crop_shape=images.crop_shape,
-        stages=(vit.embedding_stage(), *map(vit.block_stage, used), connector.stage()),
+        stages=(*stages, connector.stage()),
         linears=linears | connector.linears(),
         tensors=tensors | {f"{VISION}{_CONNECTOR}.pad_embed": (2, vision.feature_size)},
         unused=unused,
@@ -111,18 +101,20 @@ class Connector:
         """The products, in the order of computation."""
         vision, features = self.vision, self.vision.feature_size
         pooled, projected = vision.pooling_attention.q_size, vision.projector_size
-        k, v = (f"{VISION}{_POOLING}.{part}_b" for part in "kv")
-        up, down = (f"{VISION}{_PROJECTOR}.{part}.weight" for part in ("up", "down"))
-        q_w, kv_w, out = (f"{VISION}{_POOLING}.{part}" for part in ("q_w", "kv_w", "out"))
-        q_b = f"{VISION}{_POOLING}.q_b"
+        pooling, projector = f"{VISION}{_POOLING}.", f"{VISION}{_PROJECTOR}."
+        kv_biases = f"{pooling}k_b", f"{pooling}v_b"
         return {
-            f"{_POOLING}.q_w": Linear(pooled, features, (f"{q_w}.weight",), (q_b,)),
-            f"{_POOLING}.kv_w": Linear(2 * pooled, features, (f"{kv_w}.weight",), (k, v)),
-            f"{_POOLING}.out": Linear(
-                vision.hidden_size, pooled, (f"{out}.weight",), (f"{out}.bias",)
+            f"{_POOLING}.q_w": Linear(
+                pooled, features, (f"{pooling}q_w.weight",), (f"{pooling}q_b",)
             ),
-            f"{_PROJECTOR}.up": Linear(2 * projected, vision.hidden_size, (up,)),
-            f"{_PROJECTOR}.down": Linear(vision.output_size, projected, (down,)),
+            f"{_POOLING}.kv_w": Linear(2 * pooled, features, (f"{pooling}kv_w.weight",), kv_biases),
+            f"{_POOLING}.out": linear(vision.hidden_size, pooled, f"{pooling}out"),
+            f"{_PROJECTOR}.up": Linear(
+                2 * projected, vision.hidden_size, (f"{projector}up.weight",)
+            ),
+            f"{_PROJECTOR}.down": Linear(
+                vision.output_size, projected, (f"{projector}down.weight",)
+            ),
         }
 
     def stage(self) -> Stage:
@@ -169,15 +161,10 @@ class Connector:
         """Zero the features of crops that are black throughout: every value exactly -1."""
         g = layers.graph
         axes, black = layers.ints(1, 2), g.constant("black", -1.0)
-        extremes = [
-            g.op(
-                "Equal",
-                f"{kind}.is_black",
-                g.op(f"Reduce{kind}", f"crops.{kind}", CROPS, axes),
-                black,
-            )
-            for kind in ("Max", "Min")
-        ]
+        extremes = []
+        for kind in ("Max", "Min"):
+            extreme = g.op(f"Reduce{kind}", f"crops.{kind}", CROPS, axes)
+            extremes.append(g.op("Equal", f"{kind}.is_black", extreme, black))
         blank = g.op("And", "is_blank", *extremes)  # (n_crops, 1, 1)
         keep = layers.floats("is_not_blank", g.op("Not", "not_blank", blank))
         return g.op("Mul", "vit_features", states, keep)
@@ -190,10 +177,7 @@ class Connector:
         pad_embed = layers.tensors.values(f"{VISION}{_CONNECTOR}.pad_embed", 1, 2)
         pad = layers.matrix(f"{_CONNECTOR}.pad_embed.1", pad_embed)
         x = g.op("Add", "padded_features", features, g.op("Mul", "pad", is_last, pad))
-        if _CONNECTOR not in layers.recipe.rows:
-            return x
-        shares = g.constant("smoothing", 1 / layers.recipe.rows[_CONNECTOR])
-        return g.op("Mul", "smoothed_features", x, shares)
+        return layers.smoothed(_CONNECTOR, x)
 
     def _windows(self, layers: Layers, x: str) -> str:
         """(n_crops, n_patches, feature_size) to (n_windows, patches, feature_size)."""

@@ -16,7 +16,6 @@ from pydantic import AliasChoices, Field, Strict, ValidationError, model_validat
 from edge_vlm.bundle.json_text import first_problem, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-from edge_vlm_export.checkpoint.chat_template import read_chat_template
 from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
     HubName,
@@ -31,6 +30,7 @@ from edge_vlm_export.checkpoint.config_file import (
     TokenId,
     check_same,
     parse_part,
+    read_chat_template,
     read_part,
 )
 from edge_vlm_export.families.base import Settings
@@ -77,9 +77,9 @@ class TextConfig(Part):
     eos_token_id: StopIds | None = None
 
     @property
-    def theta(self) -> float | None:
-        """The base of the rotary positions' frequencies."""
-        return self.rope_theta or self.rope_parameters.rope_theta
+    def theta(self) -> float:
+        """The base of the rotary positions' frequencies; 0 where nothing is said."""
+        return self.rope_theta or self.rope_parameters.rope_theta or 0.0
 
     @property
     def attention(self) -> AttentionSizes:
@@ -93,7 +93,7 @@ class TextConfig(Part):
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
         n_heads, sizes = self.num_attention_heads, self.attention
-        if self.theta is None:
+        if not self.theta:
             raise wrong("rope_theta", None, "and rope_parameters has none either")
         if self.head_dim is None and self.hidden_size % n_heads:
             raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
@@ -225,12 +225,7 @@ class OneVisionSettings(Settings):
 
 
 def read_settings(folder: Path) -> OneVisionSettings:
-    """Read and validate the settings files in ``folder``.
-
-    Raises:
-        CheckpointError: a file is missing or malformed, files contradict each other, or a value is
-            not supported; the message names file, key and value.
-    """
+    """See ``Family.read_settings``."""
     path = folder / "config.json"
     config = read_part(Config, path)
     processor_path = folder / "processor_config.json"
@@ -301,7 +296,6 @@ def _text(config: Config) -> TextSettings:
     """Ids from the image's on stand for parts of a prompt, or for nothing: they are only read."""
     text = config.text_config
     n_spoken = min(config.image_token_id, config.video_token_id or config.image_token_id)
-    assert text.theta is not None  # noqa: S101 - the model was validated
     return TextSettings(
         n_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,

@@ -38,7 +38,6 @@ class LlavaOneVision(Family):
     )
 
     def read_settings(self, folder: Path) -> OneVisionSettings:
-        """See ``config``."""
         return read_settings(folder)
 
     def rename(self, stored: str) -> str | None:
@@ -53,7 +52,6 @@ class LlavaOneVision(Family):
         return name
 
     def tower(self, settings: OneVisionSettings) -> Tower:
-        """See ``vision``."""
         return vision_tower(settings.config, settings.image_processor)
 
     def decoder(self, settings: OneVisionSettings) -> LlamaLike:

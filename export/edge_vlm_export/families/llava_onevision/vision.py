@@ -22,7 +22,6 @@ from edge_vlm_export.graph.architecture import AttentionSizes, Linear, Move, Sta
 
 if TYPE_CHECKING:
     from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
-    from edge_vlm_export.checkpoint.tensors import Shape
     from edge_vlm_export.families.llava_onevision.config import Config
     from edge_vlm_export.graph.layers import Layers
 
@@ -34,23 +33,14 @@ NEWLINE = "image_newline"
 def vision_tower(config: Config, images: OneVisionImageProcessor) -> Tower:
     """Blocks behind the one that is used are left out."""
     vit = _vit(config, images)
-    n_used, n_layers = config.used_layers, config.vision_config.num_hidden_layers
-    linears, tensors = vit.embedding_linears(), vit.embedding_shapes()
-    for layer in range(n_used):
-        linears |= vit.block_linears(layer)
-        tensors |= vit.block_shapes(layer)
-    unused: dict[str, Shape] = norm_shapes(f"{VISION}post_layernorm", vit.hidden_size)
-    for layer in range(n_used, n_layers):
-        unused |= vit.block_shapes(layer)
-        for product in vit.block_linears(layer).values():
-            unused |= product.shapes()
-    connector, products = _projector(config, vit, n_used)
+    stages, linears, tensors, unused = vit.parts(config.used_layers)
+    connector, products = _projector(config, vit, config.used_layers)
     return Tower(
         crop_shape=images.crop_shape,
-        stages=(vit.embedding_stage(), *map(vit.block_stage, range(n_used)), connector),
+        stages=(*stages, connector),
         linears=linears | products,
         tensors=tensors | {NEWLINE: (config.text_config.hidden_size,)},
-        unused=unused,
+        unused=unused | norm_shapes(f"{VISION}post_layernorm", vit.hidden_size),
     )
 
 
@@ -102,10 +92,7 @@ def _projector(config: Config, vit: Vit, n_used: int) -> tuple[Stage, dict[str, 
         g = layers.graph
         x = g.op("Identity", "vit_features", reads)
         g.mark(x, (layers.n_crops, *vit.shape))
-        if PROJECTOR in layers.recipe.rows:
-            shares = g.constant("smoothing", 1 / layers.recipe.rows[PROJECTOR])
-            x = g.op("Mul", "smoothed_features", x, shares)
-        h = layers.linear(first, x)
+        h = layers.linear(first, layers.smoothed(PROJECTOR, x))
         h = layers.activation(f"{PROJECTOR}.gelu", h, config.projector_hidden_act)
         return g.op("Identity", "image_features", layers.linear(second, h))
 
