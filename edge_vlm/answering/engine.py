@@ -92,7 +92,7 @@ def _onnxruntime(
     engines: EngineSettings,
     before_load: Callable[[], None],
 ) -> VisionTower:
-    from edge_vlm.pictures.tower import VisionTower as OnnxTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     return OnnxTower(
         bundle,
