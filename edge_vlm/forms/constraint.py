@@ -107,13 +107,7 @@ class Constraint:
         return True
 
     def _find(self, state: LLMatcher, n_left: int, text: bytes = b"") -> bytes | None:
-        """An ending of at most ``n_left`` tokens, if one is found.
-
-        Args:
-            state: where in the form.
-            n_left: tokens.
-            text: what was said since an ending was known.
-        """
+        """An ending of at most ``n_left`` tokens; ``text`` was said since one was known."""
         known = self._ending
         if known is not None:
             start = len(text) if known.startswith(text) else 0

@@ -84,13 +84,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
 
 
 def _hint(walk: LLMatcher, hints: Sequence[bytes], closed: set[bytes]) -> bytes:
-    """A hint after which all may end, or a string, which each closes once: `.*` takes any of them.
-
-    Args:
-        walk: where in the form.
-        hints: see ``endings``.
-        closed: those that closed a string already.
-    """
+    """A hint after which all may end, or a string, which each closes once: `.*` takes them all."""
     for hint in hints:
         if ends(walk, hint):
             return hint

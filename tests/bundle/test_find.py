@@ -80,7 +80,7 @@ def test_a_folder_of_bundles_that_is_missing_or_may_not_be_read(
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Settings and bundles of their own."""
     monkeypatch.setenv("EDGE_VLM_CONFIG", str(tmp_path / "config"))
     monkeypatch.setenv("EDGE_VLM_BUNDLES", str(tmp_path / "bundles"))
@@ -88,10 +88,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_named_demo_is_not_the_default(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "demo").mkdir()
-    monkeypatch.chdir(folder)
+    (home / "demo").mkdir()
+    monkeypatch.chdir(home)
     assert find_bundle() == embedded_bundle()
     assert find_bundle("demo") == Path("demo")  # as typed: what shells complete
 
@@ -99,17 +99,17 @@ def test_a_folder_named_demo_is_not_the_default(
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"model": 7}', '{"model": ""}', "\xff", "1" * 99999]
 )
-def test_a_damaged_choice_says_how_to_mend_it(folder: Path, content: str) -> None:
-    (folder / "config").mkdir()
-    (folder / "config" / "model.json").write_text(content, encoding="latin-1")
+def test_a_damaged_choice_says_how_to_mend_it(home: Path, content: str) -> None:
+    (home / "config").mkdir()
+    (home / "config" / "model.json").write_text(content, encoding="latin-1")
     with pytest.raises(BundleError, match="edge-vlm use NAME") as caught:
         find_bundle()
-    assert str(folder / "config" / "model.json") in str(caught.value)
+    assert str(home / "config" / "model.json") in str(caught.value)
     assert find_bundle("demo") == embedded_bundle()
 
 
-def test_a_choice_that_has_gone(folder: Path) -> None:
-    (folder / "config").mkdir()
-    (folder / "config" / "model.json").write_text('{"model": "gone"}')
+def test_a_choice_that_has_gone(home: Path) -> None:
+    (home / "config").mkdir()
+    (home / "config" / "model.json").write_text('{"model": "gone"}')
     with pytest.raises(BundleError, match="gone: no such model"):
         find_bundle()
