@@ -70,9 +70,7 @@ class Constraint:
     def choose(self, restrict: Callable[[Mask], None], draw: Callable[[], int]) -> list[int]:
         """The next tokens, which are taken: one, or the rest of the answer where room runs out.
 
-        Args:
-            restrict: forbids the ids where the mask (n_ids,) is false.
-            draw: samples among those that are left.
+        ``restrict`` forbids the ids where the mask (n_ids,) is false, ``draw`` samples the others.
 
         Raises:
             PromptError: the form needs too many states.

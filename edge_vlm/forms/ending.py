@@ -49,10 +49,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
     Where several bytes may come the one is taken that looks nearest to an end, unless it was taken
     there more often than others already; later attempts leave more to chance.
 
-    Args:
-        state: where in the form.
-        limit: bytes.
-        hints: what may be needed to the letter; tried where there is a choice.
+    ``hints`` are what may be needed to the letter; they are tried where there is a choice.
     """
     stop_at = time.thread_time() + _SECONDS
     for attempt in range(_ATTEMPTS):
