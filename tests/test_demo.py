@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
-from edge_vlm.families.jina_vlm.tiling import plan_tiling
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.families.jina_vlm.tiling import plan_picture
+from edge_vlm.pictures.tower import OnnxTower
 from models.demo.data import EVALUATION_SEEDS, TRAINING_MIXTURE, Picture, make_picture
 from models.demo.drawing import PALETTE
 from models.demo.fonts import font_files, load_font
@@ -92,7 +92,7 @@ def test_a_question_has_one_answer(pictures: list[Picture]) -> None:
 
 def test_pictures_need_one_tile_or_several(pictures: list[Picture]) -> None:
     settings = Bundle.open(embedded_bundle()).manifest.image_processor
-    crops = {plan_tiling(*p.pixels.shape[:2], settings).n_crops for p in pictures}
+    crops = {plan_picture(*p.pixels.shape[1::-1], settings).n_crops for p in pictures}
     assert {2, 3, 5, 7} <= crops
 
 
@@ -170,7 +170,7 @@ def _weights(path: Path) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
     return found
 
 
-class HalfBlind(VisionTower):
+class HalfBlind(OnnxTower):
     """Sees black instead of some crops."""
 
     def __init__(self, blank: slice) -> None:
@@ -190,11 +190,11 @@ def test_both_views_of_a_picture_matter(blank: slice) -> None:
     questions = json.loads((EXAMPLES / "questions.json").read_text(encoding="utf-8"))
     settings = MachineSettings(threads=1, cache=None, tile_memory=0)
 
-    def n_right(vision: VisionTower) -> int:
+    def n_right(vision: OnnxTower) -> int:
         with EdgeVLM.load("demo", settings=settings, vision=vision) as vlm:
             answers = [vlm.ask(EXAMPLES / q["image"], q["question"]).answer for q in questions]
         return sum(said == q["answer"] for said, q in zip(answers, questions, strict=True))
 
-    whole = n_right(VisionTower(Bundle.open(embedded_bundle())))
+    whole = n_right(OnnxTower(Bundle.open(embedded_bundle())))
     assert whole > 0.9 * len(questions)
     assert n_right(HalfBlind(blank)) < 0.75 * whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -12,7 +11,9 @@ from edge_vlm.errors import PromptError
 from edge_vlm.planning.budget import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
+    from edge_vlm.engines import Decoder, VisionTower
     from edge_vlm.forms.structure import Form
+    from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.pictures.picture import ImageUse
     from edge_vlm.progress import CancelToken, OnProgress
 
@@ -40,16 +41,10 @@ class AskOptions:
     form: Form | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1 << 20)
-        _check("temperature", self.temperature, 0, 100)
-        _check("top_p", self.top_p, 0, 1)
-        _check("min_p", self.min_p, 0, 1)
-        if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 32) - 1)
-        if self.max_tiles is not None:
-            _check("max_tiles", self.max_tiles, 1, 1024)
-        if self.within is not None:
-            _check("within", self.within, 1e-3, 1e6)
+        for name, (kind, low, high) in _RANGES.items():
+            value, default = getattr(self, name), getattr(AskOptions, name)
+            if value is not None or default is not None:
+                _check(name, value, kind, low, high)
         if self.system is not None and not isinstance(self.system, str):
             raise PromptError("system: must be a string")
         wanted = [n for n in ("schema", "choices", "regex") if getattr(self, n) is not None]
@@ -80,6 +75,15 @@ class AskKeywords(TypedDict, total=False):
     schema: Any
     choices: Sequence[str] | None
     regex: str | None
+
+
+class LoadKeywords(TypedDict, total=False):
+    """How a bundle is loaded; see ``EdgeVLM.load``."""
+
+    settings: MachineSettings | None
+    progress: OnProgress | None
+    vision: VisionTower | None
+    decoder: Decoder | None
 
 
 class TurnKeywords(AskKeywords, total=False):
@@ -117,14 +121,9 @@ class Clock:
 
     def timings(self, load: float, n_prefilled: int, n_decoded: int) -> Timings:
         """With the seconds of loading, and the positions and tokens that were computed."""
-        return Timings(
-            load=load,
-            vision=self.vision,
-            prefill=self.prefill,
-            decode=self.decode,
-            prefill_tokens_per_second=_rate(n_prefilled, self.prefill),
-            decode_tokens_per_second=_rate(n_decoded, self.decode),
-        )
+        done = (n_prefilled, self.prefill), (n_decoded, self.decode)
+        rates = (n / seconds if seconds > 0 else 0.0 for n, seconds in done)
+        return Timings(load, self.vision, self.prefill, self.decode, *rates)
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,19 @@ class Answer:
         return data
 
 
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
+_WHOLE, _ANY = "a whole number", "a number"
+_RANGES = {
+    "max_tokens": (_WHOLE, 1, 1 << 20),
+    "temperature": (_ANY, 0, 100),
+    "top_p": (_ANY, 0, 1),
+    "min_p": (_ANY, 0, 1),
+    "seed": (_WHOLE, 0, (1 << 32) - 1),
+    "max_tiles": (_WHOLE, 1, 1024),
+    "within": (_ANY, 1e-3, 1e6),
+}
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
-    whole = name not in ("temperature", "top_p", "min_p", "within")
-    kinds = int if whole else (int, float)
-    valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
+def _check(name: str, value: Any, kind: str, low: float, high: float) -> None:
+    is_kind = isinstance(value, int if kind == _WHOLE else (int, float))
+    if not is_kind or isinstance(value, bool) or not low <= value <= high:  # a NaN is not, either
         raise PromptError(f"{name}: must be {kind} from {low} to {high}, not {value!r}")

@@ -20,9 +20,13 @@ from edge_vlm.progress import CancelToken, OnProgress, Progress
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from edge_vlm.answering.answer import Answer, AskKeywords, RequestKeywords, TurnKeywords
-    from edge_vlm.engines import Decoder, VisionTower
-    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.answering.answer import (
+        Answer,
+        AskKeywords,
+        LoadKeywords,
+        RequestKeywords,
+        TurnKeywords,
+    )
     from edge_vlm.pictures.picture import EncodedImage
 
 T = TypeVar("T")
@@ -137,26 +141,11 @@ class AsyncEdgeVLM(_Closing):
 
     @classmethod
     async def load(
-        cls,
-        model: str | os.PathLike[str] | None = None,
-        *,
-        settings: MachineSettings | None = None,
-        progress: OnProgress | None = None,
-        vision: VisionTower | None = None,
-        decoder: Decoder | None = None,
+        cls, model: str | os.PathLike[str] | None = None, **how: Unpack[LoadKeywords]
     ) -> AsyncEdgeVLM:
         """Load a bundle; arguments and errors as ``EdgeVLM.load``."""
-        report = _in_loop(progress)
-        return cls(
-            await asyncio.to_thread(
-                EdgeVLM.load,
-                model,
-                settings=settings,
-                progress=report,
-                vision=vision,
-                decoder=decoder,
-            )
-        )
+        how["progress"] = _in_loop(how.get("progress"))
+        return cls(await asyncio.to_thread(EdgeVLM.load, model, **how))
 
     async def ask(
         self, images: Any = (), question: str | None = None, **how: Unpack[RequestKeywords]
@@ -171,19 +160,12 @@ class AsyncEdgeVLM(_Closing):
         return AsyncStream(partial(self.vlm.stream, images, question), how)
 
     async def encode(
-        self,
-        image: Any,
-        *,
-        max_tiles: int | None = None,
-        progress: OnProgress | None = None,
+        self, image: Any, *, max_tiles: int | None = None, progress: OnProgress | None = None
     ) -> EncodedImage:
         """Look at a picture once; see ``EdgeVLM.encode``."""
-        report, token = _in_loop(progress), CancelToken()
-
-        def work() -> EncodedImage:
-            return self.vlm.encode(image, max_tiles=max_tiles, progress=report, cancel=token)
-
-        return await _in_thread(work, token)
+        how: dict[str, Any] = {"max_tiles": max_tiles, "progress": _in_loop(progress)}
+        token = CancelToken()
+        return await _in_thread(partial(self.vlm.encode, image, cancel=token, **how), token)
 
     def chat(self, **options: Unpack[AskKeywords]) -> AsyncChat:
         """A conversation that keeps its KV cache; see ``EdgeVLM.chat``."""

@@ -31,12 +31,8 @@ def load_engine(
 ) -> Engine:
     """Check a bundle's files and load its engines, or take those that are given.
 
-    Args:
-        bundle: the model.
-        settings: the machine's.
-        progress: called with bytes compared with their checksums, and bytes in all.
-        vision: in place of onnxruntime.
-        decoder: in place of llama.cpp.
+    ``progress`` is called with bytes compared with their checksums, and bytes in all; ``vision``
+    takes the place of onnxruntime, ``decoder`` that of llama.cpp.
 
     Raises:
         BundleError: a file is damaged, or an engine refuses it.
@@ -92,7 +88,7 @@ def _onnxruntime(
     engines: EngineSettings,
     before_load: Callable[[], None],
 ) -> VisionTower:
-    from edge_vlm.pictures.tower import VisionTower as OnnxTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     return OnnxTower(
         bundle,

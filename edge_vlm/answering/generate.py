@@ -6,12 +6,11 @@ import codecs
 import secrets
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.errors import Cancelled
 from edge_vlm.forms.choices import log_probabilities
@@ -51,18 +50,9 @@ def generate(
 ) -> Generator[str, None, Reply]:
     """Sample an answer; yields pieces of it without ``lead`` or space in front.
 
-    Args:
-        decoder: whose context it is.
-        context: holds the prompt, with logits for its last position.
-        options: how to sample.
-        stop: ids that end an answer.
-        max_tokens: the answer's largest length.
-        constraint: keeps it in the form it is to have.
-        lead: what the template writes between a prompt and an answer.
-        clock: seconds are added to it; the reader's time is not counted.
-        progress: told of every token.
-        cancel: stops between two operators.
-        keep_partial: an answer that is cancelled after its first token ends there.
+    The context holds the prompt, with logits for its last position. ``lead`` is what the template
+    writes between a prompt and an answer. Seconds are added to ``clock``, the reader's time is not
+    counted. With ``keep_partial`` an answer that is cancelled after its first token ends there.
 
     Raises:
         Cancelled: ``cancel`` was set.
@@ -71,7 +61,11 @@ def generate(
     text = _Text(decoder, lead, is_formed=constraint is not None)
     ids: list[int] = []
     finish = "length"
-    with _sampler(decoder, options) as sampler:
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    sampler_of = decoder.sampler(
+        temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
+    )
+    with sampler_of as sampler:
         tokens = _Tokens(context, sampler, constraint)
         while len(ids) < max_tokens:
             started = time.perf_counter()
@@ -97,13 +91,6 @@ def generate(
     return Reply(text.raw, tuple(ids), finish, len(ids))
 
 
-def _sampler(decoder: Decoder, options: AskOptions) -> AbstractContextManager[Sampler]:
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    return decoder.sampler(
-        temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
-    )
-
-
 class _Tokens:
     """What follows in an answer, as its form and the sampler have it."""
 
@@ -123,17 +110,10 @@ class _Tokens:
         if self._n_decoded < len(ids):
             self._context.append_tokens(ids[self._n_decoded :], logits=True, cancel=cancel)
         self._n_decoded = len(ids)
-        return (
-            self._constraint.choose(self._restrict, self._draw)
-            if self._constraint
-            else [self._draw()]
-        )
-
-    def _restrict(self, allowed: npt.NDArray[np.bool_]) -> None:
-        self._context.forbid(~allowed)
-
-    def _draw(self) -> int:
-        return self._sampler.sample(self._context)
+        draw = partial(self._sampler.sample, self._context)
+        if self._constraint is None:
+            return [draw()]
+        return self._constraint.choose(lambda allowed: self._context.forbid(~allowed), draw)
 
 
 class _Text:

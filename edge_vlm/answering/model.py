@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from edge_vlm.answering.answer import (
     Answer,
@@ -25,15 +25,10 @@ from edge_vlm.progress import CancelToken, OnProgress, Progress
 from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from edge_vlm.answering.turn import Engine
     from edge_vlm.engines import Decoder, VisionTower
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-Self = TypeVar("Self", bound="Closing")
 
 
 class Closing:
@@ -42,7 +37,7 @@ class Closing:
     def close(self) -> None:
         """Free what is held."""
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -94,9 +89,7 @@ class Stream(Closing):
 
     def close(self) -> None:
         """Stop here; what was yielded stays valid."""
-        close = getattr(self._events, "close", None)
-        if close:
-            close()
+        getattr(self._events, "close", lambda: None)()
         if self._on_close:
             self._on_close()
             self._on_close = None
@@ -147,8 +140,7 @@ class Chat(Closing):
 
         With ``keep_partial``, an answer that is cancelled after it began is kept as far as it went.
         """
-        wanted = options_of({**self._options, **options})
-        new = self._new(images, question, wanted)
+        wanted, new = self._request(images, question, options)
         turn = self.conversation.turn(new, wanted, progress, cancel, keep_partial=keep_partial)
         return Stream(turn)
 
@@ -184,8 +176,8 @@ class Chat(Closing):
 
     def n_to_drop(self, images: Any, question: str, **options: Unpack[AskKeywords]) -> int | None:
         """How many of the oldest questions to drop for this one; None if all would not do."""
-        wanted = options_of({**self._options, **options})
-        return self.conversation.n_to_drop(self._new(images, question, wanted), wanted)
+        wanted, new = self._request(images, question, options)
+        return self.conversation.n_to_drop(new, wanted)
 
     def drop_oldest(self, n_questions: int) -> list[Any]:
         """Forget the oldest questions and their answers; their pictures stay.
@@ -203,13 +195,14 @@ class Chat(Closing):
         """Free the KV cache."""
         self.conversation.close()
 
-    def _new(self, images: Any, question: str | None, wanted: AskOptions) -> list[Message]:
+    def _request(
+        self, images: Any, question: str | None, options: Any
+    ) -> tuple[AskOptions, list[Message]]:
+        wanted = options_of({**self._options, **options})
         if question is None and isinstance(images, str):
             images, question = (), images
         new = [new_message(images, question)]
-        if wanted.system is not None and not self.conversation.messages:
-            new = [Message("system", (Text(wanted.system),)), *new]
-        return new
+        return wanted, new if self.conversation.messages else with_system(new, wanted)
 
 
 def new_message(images: Any, question: str | None) -> Message:
@@ -225,6 +218,11 @@ def new_message(images: Any, question: str | None) -> Message:
     if not question.strip():
         raise PromptError("the question is empty")
     return user_message(picture_list(images), question)
+
+
+def with_system(new: list[Message], wanted: AskOptions) -> list[Message]:
+    """The messages that begin a conversation."""
+    return new if wanted.system is None else [Message("system", (Text(wanted.system),)), *new]
 
 
 def picture_list(images: Any) -> Sequence[Any]:
@@ -345,8 +343,7 @@ class EdgeVLM(Closing):
         else:
             new = parse_messages(messages)
         wanted = options_of(options)
-        if wanted.system is not None:
-            new = [Message("system", (Text(wanted.system),)), *new]
+        new = with_system(new, wanted)
         conversation = Conversation(self.engine)
         return Stream(conversation.turn(new, wanted, progress, cancel), conversation.close)
 

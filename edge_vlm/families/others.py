@@ -64,12 +64,12 @@ def llava_next(width: int, height: int) -> Usage:
 
     Source: transformers, models/llava_next (image grid points and pack_image_features).
     """
-    return Usage(plan_tiling(height, width, _LLAVA_NEXT).n_tokens)
+    return Usage(plan_tiling(width, height, _LLAVA_NEXT).n_tokens)
 
 
 def llava_onevision(width: int, height: int) -> Usage:
     """As ``families.llava_onevision`` for the released models."""
-    return Usage(plan_tiling(height, width, ONEVISION).n_tokens)
+    return Usage(plan_tiling(width, height, ONEVISION).n_tokens)
 
 
 def llama_32_vision(width: int, height: int) -> Usage:
@@ -77,9 +77,8 @@ def llama_32_vision(width: int, height: int) -> Usage:
 
     Source: transformers, models/mllama (get_optimal_tiled_canvas); padding tiles not counted.
     """
-    tile, most = 560, 4
-    grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
-    scales = {grid: min(grid[0] * tile / width, grid[1] * tile / height) for grid in grids}
+    tile = 560
+    scales = {(c, r): min(c * tile / width, r * tile / height) for c, r in _grids(4)}
     enlarging = [scale for scale in scales.values() if scale >= 1]
     chosen = min(enlarging) if enlarging else max(scales.values())
     tiles = min(c * r for (c, r), scale in scales.items() if scale == chosen)
@@ -143,11 +142,16 @@ def phi_4_multimodal(width: int, height: int) -> Usage:
     return Usage(256 + 1 + kept[0] * kept[1] + kept[1] + 16)
 
 
+def _grids(most: int) -> list[Size]:
+    """(columns, rows) of at most so many tiles, the fewest first."""
+    sides = range(1, most + 1)
+    return sorted(((c, r) for c in sides for r in sides if c * r <= most), key=math.prod)
+
+
 def _closest_ratio(size: Size, most: int, tile: int) -> Size:
     """The tiling whose aspect ratio is nearest; of equal ones the largest the picture fills."""
-    grids = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1) if c * r <= most]
     best, best_distance = (1, 1), math.inf
-    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+    for columns, rows in _grids(most):
         distance = abs(size[0] / size[1] - columns / rows)
         filled = size[0] * size[1] > 0.5 * tile**2 * columns * rows
         if distance < best_distance or (distance == best_distance and filled):
@@ -155,30 +159,12 @@ def _closest_ratio(size: Size, most: int, tile: int) -> Size:
     return best
 
 
-def _decoder(
-    layers: int,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    kv_heads: int,
-    vocabulary: int,
-    *,
-    tied: bool = False,
-) -> Decoder:
+def _decoder(*sizes: int, tied: bool = False) -> Decoder:
     """A decoder from its config.json; all of these have heads of 128."""
-    return Decoder(
-        precision="q4_k_m",
-        n_layers=layers,
-        hidden_size=hidden,
-        ffn_size=ffn,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=128,
-        vocab_size=vocabulary,
-        additional_vocab_size=0,
-        max_sequence_length=1 << 17,
-        tied_head=tied,
-    )
+    names = ("n_layers", "hidden_size", "ffn_size", "n_heads", "n_kv_heads", "vocab_size")
+    common = {"precision": "q4_k_m", "head_dim": 128, "additional_vocab_size": 0}
+    common |= {"max_sequence_length": 1 << 17, "tied_head": tied}
+    return Decoder.model_validate({**dict(zip(names, sizes, strict=True)), **common})
 
 
 # Geometry from each model's config.json on Hugging Face; parameters of the vision part with its
@@ -190,18 +176,14 @@ OTHER_MODELS = (
         "LLaVA-OneVision 7B", RELEASED["llava-onevision-7b"].decoder, 0.415e9, llava_onevision
     ),
     OtherModel(
-        "Llama 3.2 Vision 11B",
-        _decoder(40, 4096, 14336, 32, 8, 128256),
-        0.9e9,
-        llama_32_vision,
-        cross_layers=8,
+        "Llama 3.2 Vision 11B", _decoder(40, 4096, 14336, 32, 8, 128256), 0.9e9, llama_32_vision, 8
     ),
     OtherModel(
         "Llama 3.2 Vision 90B",
         _decoder(100, 8192, 28672, 64, 8, 128256),
         0.93e9,
         llama_32_vision,
-        cross_layers=20,
+        20,
     ),
     OtherModel("Qwen2.5-VL 7B", _decoder(28, 3584, 18944, 28, 4, 152064), 0.676e9, qwen_25_vl),
     OtherModel("Pixtral 12B", _decoder(40, 5120, 14336, 32, 8, 131072), 0.435e9, pixtral),

@@ -14,6 +14,11 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 
+def is_reduced(size_hw: tuple[int, int], resized_hw: tuple[int, int], patch: int) -> bool:
+    """Whether a resize leaves out pixels; rounding to whole patches moves a side by half of one."""
+    return any(side - used > patch / 2 for side, used in zip(size_hw, resized_hw, strict=True))
+
+
 def resize_bilinear(pixels: npt.NDArray[np.generic], height: int, width: int) -> Float32:
     """Bilinear resize of (h, w, channels) to float32 (height, width, channels), not rounded."""
     top, bottom, w_top, w_bottom = _axis(pixels.shape[0], height)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from edge_vlm.families.parts import Count, Part, Printable, TokenId
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Vision(Part):
@@ -71,6 +74,18 @@ class Transformer:
     hidden_size: int
     ffn_size: int
     n_heads: int
+
+    @classmethod
+    def of(cls, vision: Vision, **others: int) -> Self:
+        """A manifest's; what an early one lacks has the proportions of SigLIP-So400M."""
+        hidden = vision.hidden_size
+        return cls(
+            n_layers=vision.n_layers,
+            hidden_size=hidden,
+            ffn_size=vision.ffn_size or round(hidden * 4304 / 1152),
+            n_heads=vision.n_heads or max(1, hidden // 72),
+            **others,
+        )
 
     @property
     def block_weights(self) -> int:

@@ -70,9 +70,7 @@ class Constraint:
     def choose(self, restrict: Callable[[Mask], None], draw: Callable[[], int]) -> list[int]:
         """The next tokens, which are taken: one, or the rest of the answer where room runs out.
 
-        Args:
-            restrict: forbids the ids where the mask (n_ids,) is false.
-            draw: samples among those that are left.
+        ``restrict`` forbids the ids where the mask (n_ids,) is false, ``draw`` samples the others.
 
         Raises:
             PromptError: the form needs too many states.
@@ -107,13 +105,7 @@ class Constraint:
         return True
 
     def _find(self, state: LLMatcher, n_left: int, text: bytes = b"") -> bytes | None:
-        """An ending of at most ``n_left`` tokens, if one is found.
-
-        Args:
-            state: where in the form.
-            n_left: tokens.
-            text: what was said since an ending was known.
-        """
+        """An ending of at most ``n_left`` tokens; ``text`` was said since one was known."""
         known = self._ending
         if known is not None:
             start = len(text) if known.startswith(text) else 0

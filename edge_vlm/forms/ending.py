@@ -49,10 +49,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
     Where several bytes may come the one is taken that looks nearest to an end, unless it was taken
     there more often than others already; later attempts leave more to chance.
 
-    Args:
-        state: where in the form.
-        limit: bytes.
-        hints: what may be needed to the letter; tried where there is a choice.
+    ``hints`` are what may be needed to the letter; they are tried where there is a choice.
     """
     stop_at = time.thread_time() + _SECONDS
     for attempt in range(_ATTEMPTS):
@@ -84,13 +81,7 @@ def endings(state: LLMatcher, limit: int, hints: Sequence[bytes]) -> Iterator[by
 
 
 def _hint(walk: LLMatcher, hints: Sequence[bytes], closed: set[bytes]) -> bytes:
-    """A hint after which all may end, or a string, which each closes once: `.*` takes any of them.
-
-    Args:
-        walk: where in the form.
-        hints: see ``endings``.
-        closed: those that closed a string already.
-    """
+    """A hint after which all may end, or a string, which each closes once: `.*` takes them all."""
     for hint in hints:
         if ends(walk, hint):
             return hint

@@ -29,11 +29,6 @@ def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-@lru_cache(maxsize=8)
-def _byte_matcher(rule: str, lead: str) -> LLMatcher:
-    return _compiled(byte_tokenizer(), rule, lead)
-
-
 def byte_matcher(rule: str, lead: str) -> LLMatcher:
     """What says which byte may come next in a text that is ``lead`` and a match of ``rule``.
 
@@ -44,7 +39,12 @@ def byte_matcher(rule: str, lead: str) -> LLMatcher:
     Raises:
         PromptError: it is not valid, not supported or too large.
     """
-    return _byte_matcher(rule, lead).deep_copy()
+    return _of_bytes(rule, lead).deep_copy()
+
+
+@lru_cache(maxsize=8)
+def _of_bytes(rule: str, lead: str) -> LLMatcher:
+    return _compiled(byte_tokenizer(), rule, lead)
 
 
 def _compiled(tokenizer: LLTokenizer, rule: str, lead: str) -> LLMatcher:

@@ -9,7 +9,7 @@ import numpy as np
 from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import DecoderError, VisionError
 from edge_vlm.families.base import family_of
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 from edge_vlm.planning.tuning import engines_for
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
 from edge_vlm.prompt.messages import user_message
@@ -35,7 +35,7 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     family = family_of(processor)
     tiles = family.cut(picture.astype(np.uint8), processor)
     engines = engines_for(bundle.manifest, settings)
-    tower = VisionTower(bundle, engines)
+    tower = OnnxTower(bundle, engines)
     embeddings = tower.encode(tiles)
     if not np.isfinite(embeddings).all():
         raise VisionError(f"{bundle.path}: vision.onnx gives values that are no numbers")

@@ -18,7 +18,7 @@ from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.machine.settings import MachineSettings
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import AskKeywords
@@ -119,7 +119,7 @@ class Measurements:
         fresh = [model, engines] != self._tower[0]
         if fresh:
             self._tower = (None, None)
-            tower = VisionTower(Bundle.open(model), EngineSettings(**engines))
+            tower = OnnxTower(Bundle.open(model), EngineSettings(**engines))
             self._tower = ([model, engines], tower)
         tower = self._tower[1]
         processor = Bundle.open(model).manifest.image_processor

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +30,7 @@ SETTLE_SECONDS = 0.3  # a file that did not change for so long is taken as writt
 BROKEN_SECONDS = 5.0  # one that cannot be read may still be written for so long
 _POLL_SECONDS = 0.1
 _CAMERA_QUEUE = 5  # frames that a driver may have waiting
-_SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),
-}
+_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}  # of others: the format's name
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -76,7 +68,7 @@ class Folder:
     A file counts as written when its size and time stay the same for a moment and it can be read.
 
     Args:
-        path: the folder; what is in folders below it is not looked at.
+        path: what is in folders below it is not looked at.
         every: seconds between two looks.
         existing: whether pictures that are there at the beginning count as new.
         settings: limits for pictures.
@@ -102,16 +94,15 @@ class Folder:
         self._settings = settings
         self._broken_after = broken_after
         formats = {name.upper() for name in settings.image_formats} & set(EXTRA_FORMATS)
-        self._suffixes = {suffix for name in {*FORMATS, *formats} for suffix in _SUFFIXES[name]}
+        self._suffixes = {
+            suffix
+            for name in {*FORMATS, *formats}
+            for suffix in _SUFFIXES.get(name, (f".{name.lower()}",))
+        }
         self._done = {} if existing else self._stamps()  # the state in which each was answered
 
     def frames(self, pause: Pause) -> Iterator[Frame]:
-        """Pictures without end.
-
-        Raises:
-            InputError: the folder is gone.
-            Cancelled: stopping was asked for.
-        """
+        """Pictures without end, or ``InputError`` when the folder is gone."""
         first_seen: dict[Path, tuple[tuple[int, ...], float]] = {}
         while True:
             stamps = self._stamps()
@@ -121,16 +112,14 @@ class Folder:
                 if self._done.get(path) == stamp:
                     continue
                 now = time.monotonic()
-                seen, since = first_seen.get(path, (None, now))
-                if seen != stamp:
+                if first_seen.get(path, (None,))[0] != stamp:
                     first_seen[path] = (stamp, now)
-                    waiting = True
-                    continue
-                if now - since < SETTLE_SECONDS:
+                age = now - first_seen[path][1]
+                if age < SETTLE_SECONDS:
                     waiting = True
                     continue
                 frame = _load(str(path), path, self._settings)
-                if frame.error and now - since < self._broken_after:
+                if frame.error and age < self._broken_after:
                     continue
                 self._done[path] = stamp
                 first_seen.pop(path, None)
@@ -157,7 +146,31 @@ class Folder:
         return found
 
 
-class Command:
+class _Regular:
+    """A source that is asked for a frame every so many seconds."""
+
+    def __init__(self, every: float) -> None:
+        self._every = every
+
+    def frames(self, pause: Pause) -> Iterator[Frame]:
+        """Frames without end, each as it is when it is asked for."""
+        try:
+            while True:
+                started = time.monotonic()
+                pause.wait(0)
+                yield self._frame(pause)
+                pause.wait(self._every - (time.monotonic() - started))
+        finally:
+            self._release()
+
+    def _frame(self, pause: Pause) -> Frame:
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """After the last frame."""
+
+
+class Command(_Regular):
     """The pictures that a command writes to stdout, one a run.
 
     Args:
@@ -186,27 +199,17 @@ class Command:
             raise InputError(f"--command: {error}") from error
         if not self._arguments or shutil.which(self._arguments[0]) is None:
             raise InputError(f"--command: there is no program {line.split(' ')[0]!r}")
+        super().__init__(every)
         self._source = label(self._arguments[0])
-        self._every = every
         self._settings = settings
         self._seconds = seconds
         self._max_bytes = max_bytes
 
-    def frames(self, pause: Pause) -> Iterator[Frame]:
-        """Pictures without end.
-
-        Raises:
-            Cancelled: stopping was asked for.
-        """
-        while True:
-            started = time.monotonic()
-            try:
-                data = self._run(pause)
-            except ImageError as error:
-                yield Frame(self._source, error=str(error))
-            else:
-                yield _load(self._source, data, self._settings)
-            pause.wait(self._every - (time.monotonic() - started))
+    def _frame(self, pause: Pause) -> Frame:
+        try:
+            return _load(self._source, self._run(pause), self._settings)
+        except ImageError as error:
+            return Frame(self._source, error=str(error))
 
     def _run(self, pause: Pause) -> bytes:
         name = self._source
@@ -219,18 +222,19 @@ class Command:
             )
         except OSError as error:
             raise ImageError(f"{name}: {error.strerror or error}") from error
-        found: list[bytes] = []
+        written = b""
 
         def read() -> None:
+            nonlocal written
             if process.stdout:
-                found.append(process.stdout.read(self._max_bytes + 1))
-                process.stdout.close()
+                with process.stdout as stdout:
+                    written = stdout.read(self._max_bytes + 1)
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         deadline = time.monotonic() + self._seconds
         try:
-            while reader.is_alive() or (process.poll() is None and not self._too_large(found)):
+            while reader.is_alive() or (process.poll() is None and len(written) <= self._max_bytes):
                 if time.monotonic() > deadline:
                     raise ImageError(f"{name}: did not end within {self._seconds:g} s")
                 reader.join(_POLL_SECONDS / 10)
@@ -238,17 +242,14 @@ class Command:
         finally:
             _end(process)
             reader.join()
-        if self._too_large(found):
+        if len(written) > self._max_bytes:
             raise ImageError(f"{name}: wrote more than {self._max_bytes >> 20} MiB")
         if process.returncode:
             raise ImageError(f"{name}: ended with code {process.returncode}")
-        return found[0]
-
-    def _too_large(self, found: Sequence[bytes]) -> bool:
-        return bool(found) and len(found[0]) > self._max_bytes
+        return written
 
 
-class Camera:
+class Camera(_Regular):
     """Frames of a camera, through OpenCV.
 
     Args:
@@ -265,32 +266,22 @@ class Camera:
         except ImportError as error:
             raise InputError("a camera needs OpenCV: pip install 'edge-vlm[camera]'") from error
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        super().__init__(every)
         self._source = f"camera {number}"
-        self._every = every
         self._capture = cv2.VideoCapture(number)
         if not self._capture.isOpened():
             raise InputError(f"{self._source}: there is none, or another program uses it")
 
-    def frames(self, pause: Pause) -> Iterator[Frame]:
-        """Frames without end, each as it is when it is asked for.
+    def _frame(self, pause: Pause) -> Frame:
+        for _ in range(_CAMERA_QUEUE):  # the driver's queue holds what was seen before
+            self._capture.grab()
+        good, bgr = self._capture.retrieve()
+        if not good:
+            raise InputError(f"{self._source}: gives no picture any more")
+        return Frame(self._source, np.ascontiguousarray(bgr[..., ::-1]))
 
-        Raises:
-            InputError: the camera gives no more.
-            Cancelled: stopping was asked for.
-        """
-        try:
-            while True:
-                started = time.monotonic()
-                pause.wait(0)
-                for _ in range(_CAMERA_QUEUE):  # the driver's queue holds what was seen before
-                    self._capture.grab()
-                good, bgr = self._capture.retrieve()
-                if not good:
-                    raise InputError(f"{self._source}: gives no picture any more")
-                yield Frame(self._source, np.ascontiguousarray(bgr[..., ::-1]))
-                pause.wait(self._every - (time.monotonic() - started))
-        finally:
-            self._capture.release()
+    def _release(self) -> None:
+        self._capture.release()
 
 
 Source = Folder | Command | Camera

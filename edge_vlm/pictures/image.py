@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -36,15 +37,6 @@ MAX_PNG_CHUNKS = 100_000
 MAX_PNG_TEXT_BYTES = 16 << 20  # of one chunk that holds no pixels
 MAX_JPEG_SCANS = 100  # each is a pass over all pixels; encoders write about ten
 
-_PLUGINS = {
-    "JPEG": "JpegImagePlugin",
-    "PNG": "PngImagePlugin",
-    "WEBP": "WebPImagePlugin",
-    "BMP": "BmpImagePlugin",
-    "GIF": "GifImagePlugin",
-    "TIFF": "TiffImagePlugin",
-    "AVIF": "AvifImagePlugin",
-}
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _ORIENTATION = 0x0112
@@ -54,10 +46,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def load_image(
-    source: Any,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    extra_formats: Sequence[str] = (),
+    source: Any, *, max_pixels: int = MAX_PIXELS, extra_formats: Sequence[str] = ()
 ) -> UInt8:
     """Read a picture.
 
@@ -187,19 +176,18 @@ def _jpeg_scans(data: bytes) -> int:
 
 def _allowed(extra_formats: Sequence[str]) -> tuple[str, ...]:
     """The formats to accept, their decoders imported: Pillow would import all others too."""
-    extra = tuple(name.upper() for name in extra_formats)
+    extra = [name.upper() for name in extra_formats]
     for name in extra:
         if name not in EXTRA_FORMATS:
             raise ImageError(f"format {name}: only {' and '.join(EXTRA_FORMATS)} can be added")
-    formats = (*FORMATS, *extra)
-    for name in formats:
-        __import__(f"PIL.{_PLUGINS[name]}")
+    for name in (*FORMATS, *extra):
+        importlib.import_module(f"PIL.{'WebP' if name == 'WEBP' else name.title()}ImagePlugin")
     from PIL import Image
 
-    missing = [name for name in extra if name not in Image.OPEN]
-    if missing:
-        raise ImageError(f"format {missing[0]}: this build of Pillow cannot read it")
-    return tuple(name for name in formats if name in Image.OPEN)
+    for name in extra:
+        if name not in Image.OPEN:
+            raise ImageError(f"format {name}: this build of Pillow cannot read it")
+    return tuple(name for name in (*FORMATS, *extra) if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> UInt8:
@@ -215,8 +203,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> UInt8:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
             raise ImageError(f"{label(name)}: has {image.mode}-mode pixels; save it as 8 or 16 bit")
-        return _from_array(values.astype(np.uint16), max_pixels)
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         return _from_array(np.asarray(image).astype(np.uint16), max_pixels)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -36,8 +36,7 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
     height, width = pixels.shape[:2]
     family = family_of(settings)
     plan = family.layout(width, height, settings)
-    scale = _LONG_SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = _scaled(height, width, _LONG_SIDE)
     source = Image.fromarray(pixels)
     picture = source.resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
@@ -57,11 +56,8 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
         draw.rectangle((left, top, right - 1, bottom - 1), outline=_LINE, width=2)
         _tag(draw, (left + 5, top + 5), f"{number}: {count} tokens", font)
 
-    base_h, base_w = settings.tile_hw
-    scale = _THUMBNAIL_SIDE / max(base_h, base_w)
-    thumbnail = source.resize(
-        (max(1, round(base_w * scale)), max(1, round(base_h * scale))), Image.Resampling.LANCZOS
-    )
+    small = _scaled(*settings.tile_hw, _THUMBNAIL_SIDE)
+    thumbnail = source.resize(small, Image.Resampling.LANCZOS)
     lines = _legend(plan, settings)
     text_width = max(int(draw.textlength(line, font=font)) for line in lines)
     sheet_size = (
@@ -94,6 +90,12 @@ def _legend(plan: Layout, settings: ImageProcessor) -> list[str]:
         f"{plan.n_tokens} image tokens: {n_patch_tokens} for patches and {n_markers} row ends and"
         " markers; shaded parts are seen by two tiles or more",
     ]
+
+
+def _scaled(height: int, width: int, longest: int) -> tuple[int, int]:
+    """(width, height) with a longer side of so many pixels."""
+    scale = longest / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -25,13 +25,13 @@ from edge_vlm.pictures.image import load_image
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
-    from edge_vlm.bundle.manifest import Manifest
     from edge_vlm.engines import VisionTower
     from edge_vlm.families.base import ImageProcessor, Tiles
     from edge_vlm.machine.settings import MachineSettings
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
 _KIND = "tile"
 
 
@@ -42,7 +42,7 @@ class TileCache:
         vision: the tower.
         identity: what the embeddings depend on besides the tile, see ``VisionTower.identity``.
         memory_bytes: of embeddings to hold in memory.
-        store: where they are kept on disk; None for memory alone.
+        store: where they are kept on disk, too.
     """
 
     def __init__(
@@ -83,22 +83,22 @@ class TileCache:
             make_key(self._identity, crop.data.cast("B"), *(v[i].tobytes() for v in extras))
             for i, crop in enumerate(tiles.crops)
         ]
-        unique = {key: index for index, key in reversed(list(enumerate(keys)))}  # the first of each
+        first: dict[bytes, int] = {}  # index of each different one
         wanted: list[int] = []
-        for key, index in sorted(unique.items(), key=lambda item: item[1]):
-            known = self._find(key, out.shape[1:])
-            if known is None:
-                wanted.append(index)
-            else:
-                out[index] = known
+        for index, key in enumerate(keys):
+            if first.setdefault(key, index) == index:
+                known = self._find(key, out.shape[1:])
+                if known is None:
+                    wanted.append(index)
+                else:
+                    out[index] = known
         fresh: list[Entry] = []
         n_known = len(keys) - len(wanted)
         report = progress or (lambda _: None)
         for done in range(n_known):
             report(done + 1)
         try:
-            ready = self._vision.encode_parts(tiles.feed, wanted, cancel=cancel)
-            for part, rows in ready:
+            for part, rows in self._vision.encode_parts(tiles.feed, wanted, cancel=cancel):
                 for index, row in zip(part, rows, strict=True):
                     out[index] = row
                     kept = row.copy()  # not a view that would keep the others alive
@@ -109,9 +109,8 @@ class TileCache:
             if self._store:
                 self._store.write_soon(fresh)
         for index, key in enumerate(keys):
-            if unique[key] != index:
-                out[index] = out[unique[key]]
-        return out, len(tiles.crops) - len(fresh)
+            out[index] = out[first[key]]
+        return out, len(keys) - len(fresh)
 
     def markers(self) -> Float32:
         """As ``VisionTower.marker_embeddings``, which need not load the tower."""
@@ -129,9 +128,7 @@ class TileCache:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        if self._store is None:
-            return None
-        payload = self._store.read(_KIND, key)
+        payload = self._store.read(_KIND, key) if self._store else None
         if payload is None:
             return None
         rows = payload.view(np.float32).reshape(shape)
@@ -144,9 +141,6 @@ class TileCache:
             self._held.move_to_end(key)
             while sum(held.nbytes for held in self._held.values()) > self._memory_bytes:
                 self._held.popitem(last=False)
-
-
-UInt8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -206,10 +200,6 @@ class Seeing(Protocol):
     """What a picture needs of a loaded model."""
 
     @property
-    def manifest(self) -> Manifest:
-        """Of its bundle."""
-
-    @property
     def settings(self) -> MachineSettings:
         """Limits for pictures."""
 
@@ -248,16 +238,9 @@ def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: 
                 "this picture was encoded to be the only one, and this model sees several"
                 " pictures in another way; give the picture itself"
             )
-        return Picture(
-            source.use,
-            source.n_tokens,
-            source.processor,  # whatever tiles are allowed now
-            source.processor,
-            source.digest,
-            source,
-            source.positions,
-            rows=source.rows,
-        )
+        own = source.processor  # whatever tiles are allowed now
+        seen = source.use, source.n_tokens, own, own, source.digest, source, source.positions
+        return Picture(*seen, rows=source.rows)
     settings = model.settings
     pixels = load_image(
         source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats

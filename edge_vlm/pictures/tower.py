@@ -20,7 +20,7 @@ from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
 from edge_vlm.machine.process import import_onnxruntime
-from edge_vlm.machine.providers import open_session
+from edge_vlm.machine.providers import CPU, open_session
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import Tiles
@@ -34,7 +34,7 @@ _TENSORS: dict[type[np.generic], str] = {np.bool_: "tensor(bool)", np.int64: "te
 Feed = Mapping[str, npt.NDArray[Any]]  # one value of each for a crop, or one crop
 
 
-class VisionTower:
+class OnnxTower:
     """An onnxruntime session for a bundle's ``vision.onnx``.
 
     It is loaded when a picture is encoded: with text alone, or a picture whose embeddings or KV
@@ -57,8 +57,9 @@ class VisionTower:
         for name in external_files(path):
             if name not in bundle.manifest.files:
                 raise BundleError(f"{path}: reads {name!r}, which is not a file of the bundle")
-        self._bundle = bundle
-        self._family = family_of(bundle.manifest.image_processor)
+        self._bundle, self._path = bundle, path
+        self._processor = bundle.manifest.image_processor
+        self._family = family_of(self._processor)
         self._engines = engines or untuned()
         self._streams = self._engines.streams
         self._ort: Any = None
@@ -90,8 +91,7 @@ class VisionTower:
     @property
     def output_shape(self) -> tuple[int, int]:
         """Of one crop's embeddings: (tokens_per_crop, hidden_size)."""
-        manifest = self._bundle.manifest
-        return manifest.image_processor.tokens_per_crop, manifest.vision.output_size
+        return self._processor.tokens_per_crop, self._bundle.manifest.vision.output_size
 
     @property
     def n_markers(self) -> int:
@@ -120,9 +120,7 @@ class VisionTower:
                 if self._before_load:
                     self._before_load()
                 started = time.perf_counter()
-                session = self._load()
-                self._check_interface(session)
-                self._session = session
+                self._session = self._load()
                 self.load_seconds += time.perf_counter() - started
             return self._session
 
@@ -134,14 +132,11 @@ class VisionTower:
 
     def _stamp(self) -> dict[str, tuple[int, ...]]:
         """What shows that a file was replaced since its checksum was compared."""
-        found: dict[str, tuple[int, ...]] = {}
-        for name in self._bundle.manifest.files:
-            info = self._bundle.file(name).stat()
-            found[name] = (info.st_size, info.st_mtime_ns, info.st_ino)
-        return found
+        files = {name: self._bundle.file(name).stat() for name in self._bundle.manifest.files}
+        return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files.items()}
 
     def _load(self) -> Any:
-        path = self._bundle.file(VISION_NAME)
+        path = self._path
         if self._stamp() != self._stamps:
             raise BundleError(f"{path.parent}: was changed after it was loaded; load it again")
         self._ort = ort = import_onnxruntime()
@@ -149,7 +144,7 @@ class VisionTower:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads_per_stream
         options.inter_op_num_threads = 1
-        spinning = "1" if self._engines.spinning else "0"
+        spinning = str(int(self._engines.spinning))
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.log_severity_level = self._severity
 
@@ -158,22 +153,19 @@ class VisionTower:
             return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
 
         try:
-            return open_session(self._provider, ort.get_available_providers(), create)
+            session = open_session(self._provider, ort.get_available_providers(), create)
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BundleError(
-                f"{path}: onnxruntime cannot load it: {_first_line(error)}"
-            ) from error
+            reason = _first_line(error)
+            raise BundleError(f"{path}: onnxruntime cannot load it: {reason}") from error
+        self._check_interface(session)
+        return session
 
     @property
     def providers(self) -> list[str]:
         """Ids of the execution providers in use, the first preferred."""
         return list(self.load().get_providers())
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self.providers[0] == "CPUExecutionProvider"
 
     def encode(
         self,
@@ -226,7 +218,7 @@ class VisionTower:
             return part, self.encode_crops(chosen, cancel=cancel)
 
         streams = self._streams
-        if len(parts) < 2 or streams == 1 or not self._on_cpu:
+        if len(parts) < 2 or streams == 1 or self.providers[0] != CPU:
             yield from map(run, parts)
             return
         # The last ones run all at once: a single one would leave the other streams' cores idle.
@@ -243,12 +235,12 @@ class VisionTower:
 
     def rest(self) -> None:
         """Give back what onnxruntime needed while it encoded; the weights stay."""
-        if self._session is not None and self._on_cpu and not self._takes_one_crop:
+        if self._session is not None and not self._takes_one_crop and self.providers[0] == CPU:
             self._run_on_nothing(**{"memory.enable_memory_arena_shrinkage": "cpu:0"})
 
     def encode_crops(self, feed: Feed, *, cancel: CancelToken | None = None) -> Float32:
         """Embeddings of crops in one call; shape and errors as ``encode``."""
-        self.load()
+        self.load()  # shows whether the graph takes more than one
         n_crops = len(feed["crops"])
         if self._takes_one_crop and n_crops > 1:
             ones = ({name: v[[i]] for name, v in feed.items()} for i in range(n_crops))
@@ -260,14 +252,13 @@ class VisionTower:
         """(n_markers, hidden_size): the rows that no crop decides."""
         if not self.n_markers:
             return np.empty((0, self.output_shape[1]), np.float32)
-        self.load()
         return self._run_on_nothing()
 
     def _run_on_nothing(self, **config: str) -> Float32:
         """A run for the markers, which depend on no crop."""
-        n_crops = 1 if self._takes_one_crop else 0
-        shape = self._bundle.manifest.image_processor.crop_shape
-        feed = self._family.inputs(np.zeros((n_crops, *shape), np.float32))
+        self.load()
+        shape = (int(self._takes_one_crop), *self._processor.crop_shape)
+        feed = self._family.inputs(np.zeros(shape, np.float32))
         output = "marker_embeddings" if self.n_markers else "embeddings"
         return self._run(output, feed, None, **config)
 
@@ -297,15 +288,13 @@ class VisionTower:
         return result
 
     def _check_interface(self, session: Any) -> None:
-        hidden = self._bundle.manifest.vision.output_size
-        shape = self._bundle.manifest.image_processor.crop_shape
         expected = {
-            "crops": ("tensor(float)", [*shape]),
+            "crops": ("tensor(float)", [*self._processor.crop_shape]),
             **{name: (_TENSORS[kind], []) for name, kind in self._family.extras.items()},
             "embeddings": ("tensor(float)", [*self.output_shape]),
         }
         if self.n_markers:
-            expected["marker_embeddings"] = ("tensor(float)", [hidden])
+            expected["marker_embeddings"] = ("tensor(float)", [self.output_shape[1]])
         found = {
             value.name: (value.type, list(value.shape)[1:])
             for value in (*session.get_inputs(), *session.get_outputs())
@@ -314,14 +303,9 @@ class VisionTower:
         batch = next((v.shape[0] for v in session.get_inputs() if v.name == "crops"), None)
         self._takes_one_crop = batch == 1
         if isinstance(batch, int) and batch != 1:
-            raise BundleError(
-                f"{self._bundle.path / VISION_NAME}: takes {batch} crops at a time instead of one"
-            )
+            raise BundleError(f"{self._path}: takes {batch} crops at a time instead of one")
         if found != expected:
-            raise BundleError(
-                f"{self._bundle.path / VISION_NAME}: its inputs and outputs are not those of the"
-                " manifest"
-            )
+            raise BundleError(f"{self._path}: its inputs and outputs are not those of the manifest")
 
 
 def _version() -> str:

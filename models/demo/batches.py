@@ -23,7 +23,7 @@ from edge_vlm.families.jina_vlm.tiling import (
     TilingPlan,
     cut_tiles,
     patch_order,
-    plan_tiling,
+    plan_picture,
     token_block,
 )
 from edge_vlm.prompt.template import ChatTemplate
@@ -292,4 +292,4 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def plan_of(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> TilingPlan:
     """How a picture would be cut."""
-    return plan_tiling(pixels.shape[0], pixels.shape[1], settings)
+    return plan_picture(pixels.shape[1], pixels.shape[0], settings)

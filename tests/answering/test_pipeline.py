@@ -13,8 +13,7 @@ import pytest
 from edge_vlm import EdgeVLM, MachineSettings
 from edge_vlm.answering.answer import AskOptions
 from edge_vlm.answering.conversation import Conversation
-from edge_vlm.families.jina_vlm.family import stitch
-from edge_vlm.families.jina_vlm.tiling import cut_tiles
+from edge_vlm.families.jina_vlm.tiling import cut_tiles, stitch
 from edge_vlm.prompt.builder import ImageSpan, TokenSpan
 from edge_vlm.prompt.messages import images_of, parse_messages
 from tests.conftest import GOLDEN_NAMES, GoldenCase, golden_cases

@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from edge_vlm import Answer, Chat, EdgeVLM, Progress, PromptError
-from edge_vlm.families.jina_vlm.family import stitch
-from edge_vlm.families.jina_vlm.tiling import cut_tiles
+from edge_vlm.families.jina_vlm.tiling import cut_tiles, stitch
 from edge_vlm.pictures.picture import Picture
 from tests.fake_engine import FakeContext, FakeEngine
 from tests.toy import tower as toy

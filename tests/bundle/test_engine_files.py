@@ -36,7 +36,7 @@ FLIP = """
 import random, sys
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 bundle = Bundle.open(sys.argv[1])
 path = bundle.file("vision.onnx")
 good = path.read_bytes()
@@ -46,7 +46,7 @@ for seed in range(100):
     damaged[rng.randrange(10_000)] ^= 1 << rng.randrange(8)  # nodes come before weights
     path.write_bytes(damaged)
     try:
-        VisionTower(bundle).load()
+        OnnxTower(bundle).load()
         print("loaded")
     except BundleError as error:
         print("refused", error)

@@ -77,3 +77,39 @@ def test_a_folder_of_bundles_that_is_missing_or_may_not_be_read(
 
     monkeypatch.setattr(Path, "iterdir", denied)
     assert installed_names() == [EMBEDDED]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings and bundles of their own."""
+    monkeypatch.setenv("EDGE_VLM_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("EDGE_VLM_BUNDLES", str(tmp_path / "bundles"))
+    return tmp_path
+
+
+def test_a_folder_named_demo_is_not_the_default(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "demo").mkdir()
+    monkeypatch.chdir(home)
+    assert find_bundle() == embedded_bundle()
+    assert find_bundle("demo") == Path("demo")  # as typed: what shells complete
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"model": 7}', '{"model": ""}', "\xff", "1" * 99999]
+)
+def test_a_damaged_choice_says_how_to_mend_it(home: Path, content: str) -> None:
+    (home / "config").mkdir()
+    (home / "config" / "model.json").write_text(content, encoding="latin-1")
+    with pytest.raises(BundleError, match="edge-vlm use NAME") as caught:
+        find_bundle()
+    assert str(home / "config" / "model.json") in str(caught.value)
+    assert find_bundle("demo") == embedded_bundle()
+
+
+def test_a_choice_that_has_gone(home: Path) -> None:
+    (home / "config").mkdir()
+    (home / "config" / "model.json").write_text('{"model": "gone"}')
+    with pytest.raises(BundleError, match="gone: no such model"):
+        find_bundle()

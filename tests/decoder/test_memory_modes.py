@@ -234,20 +234,20 @@ def test_engine_settings_are_checked(bad: dict[str, Any]) -> None:
 
 def test_crops_of_one_call_are_those_of_many(bundle: Callable[..., Path]) -> None:
     from edge_vlm.families.jina_vlm.tiling import cut_tiles
-    from edge_vlm.pictures.tower import VisionTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     opened = OpenBundle.open(bundle("tiny-126-tied"))
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     tiles = cut_tiles(pixels, opened.manifest.image_processor)
     assert len(tiles.crops) > 4
     engines = [EngineSettings(**{**vars(untuned()), "tiles_per_call": n}) for n in (1, 4)]
-    found = [VisionTower(opened, one).encode(tiles) for one in engines]
+    found = [OnnxTower(opened, one).encode(tiles) for one in engines]
     np.testing.assert_allclose(found[0], found[1], atol=2e-4)
 
 
 @pytest.mark.parametrize("wanted", [[], [2], [0, 3], [0, 1, 2, 3, 4]])
 def test_streams_encode_the_same(bundle: Callable[..., Path], wanted: list[int]) -> None:
-    from edge_vlm.pictures.tower import VisionTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     opened = OpenBundle.open(bundle("tiny-126-tied"))
     processor = opened.manifest.image_processor
@@ -257,7 +257,7 @@ def test_streams_encode_the_same(bundle: Callable[..., Path], wanted: list[int])
     found = []
     for streams in (1, 2, 3):
         engines = replace(untuned(), vision_threads=streams, vision_streams=streams)
-        tower = VisionTower(opened, engines)
+        tower = OnnxTower(opened, engines)
         rows = {
             part[0]: row
             for part, (row,) in tower.encode_parts({"crops": crops, "is_last": last}, wanted)
@@ -271,10 +271,10 @@ def test_streams_encode_the_same(bundle: Callable[..., Path], wanted: list[int])
 
 
 def test_streams_stop_with_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_vlm.pictures.tower import VisionTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     opened = OpenBundle.open(write_toy_bundle(tmp_path / "toy"))
-    tower = VisionTower(opened, replace(untuned(), vision_threads=2, vision_streams=2))
+    tower = OnnxTower(opened, replace(untuned(), vision_threads=2, vision_streams=2))
     calls = []
 
     def fail(_session: Any, _outputs: Any, feed: Any, _options: Any) -> Any:
@@ -316,15 +316,13 @@ def test_a_mapped_file_leaves_memory_until_it_is_read(tmp_path: Path) -> None:
 
 
 def test_embeddings_do_not_keep_the_memory_of_onnxruntime(bundle: Callable[..., Path]) -> None:
-    from edge_vlm.pictures.tower import VisionTower
+    from edge_vlm.pictures.tower import OnnxTower
 
     opened = OpenBundle.open(bundle("tiny-126-tied"))
     settings = opened.manifest.image_processor
     crops = np.zeros((1, settings.n_patches, settings.patch_values), np.float32)
     assert (
-        VisionTower(opened)
-        .encode_crops({"crops": crops, "is_last": np.zeros(1, bool)})
-        .flags.owndata
+        OnnxTower(opened).encode_crops({"crops": crops, "is_last": np.zeros(1, bool)}).flags.owndata
     )
 
 

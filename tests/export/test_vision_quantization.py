@@ -37,7 +37,7 @@ from safetensors.numpy import load_file, save_file
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.families.jina_vlm.tiling import cut_tiles
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 from tests.conftest import GOLDEN
 from tests.export_helpers import edit_json, int8_products_saturate
 
@@ -248,7 +248,7 @@ def test_the_runtime_takes_graphs_for_exactly_one_crop(
     )
     white = np.full((100, 150, 3), 255, np.uint8)
     tiles = cut_tiles(white, tiny.settings.image_processor)
-    towers = [VisionTower(Bundle.open(path)) for path in (original, fixed)]
+    towers = [OnnxTower(Bundle.open(path)) for path in (original, fixed)]
     first, second = (tower.encode(tiles) for tower in towers)
     assert np.abs(first - second).max() < 1e-5 * np.abs(first).max()
     assert np.array_equal(*(tower.marker_embeddings for tower in towers))
@@ -259,7 +259,7 @@ def test_the_runtime_takes_graphs_for_exactly_one_crop(
         lambda path: tiny.write(path, precision="fp32", target="portable", batch=2),
     )
     with pytest.raises(BundleError, match="takes 2 crops at a time"):
-        VisionTower(two).load()
+        OnnxTower(two).load()
 
 
 def test_moved_channels_leave_the_function_as_it_is(tiny: Source) -> None:

@@ -15,7 +15,7 @@ from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcess
 from edge_vlm.families.jina_vlm.tiling import (
     cut_tiles,
     patch_order,
-    plan_tiling,
+    plan_picture,
     token_block,
 )
 from edge_vlm.pictures.image import load_image
@@ -36,9 +36,9 @@ def test_size_table_exactly() -> None:
     for row in table["sizes"]:
         if "error" in row:
             with pytest.raises(ImageError, match="200 times"):
-                plan_tiling(row["height"], row["width"], IMAGE_PROCESSOR)
+                plan_picture(row["width"], row["height"], IMAGE_PROCESSOR)
             continue
-        plan = plan_tiling(row["height"], row["width"], IMAGE_PROCESSOR)
+        plan = plan_picture(row["width"], row["height"], IMAGE_PROCESSOR)
         assert plan.resized_hw == (row["resized_height"], row["resized_width"]), row
         assert plan.tiling == tuple(row["tiling"]), row
         assert plan.tiled_hw == (row["tiled_height"], row["tiled_width"]), row
@@ -103,7 +103,7 @@ def test_extreme_shapes(width: int, height: int) -> None:
 @pytest.mark.parametrize(("width", "height"), [(201, 1), (1, 201), (20101, 100)])
 def test_aspect_ratio_above_200(width: int, height: int) -> None:
     with pytest.raises(ImageError, match="200 times"):
-        plan_tiling(height, width, IMAGE_PROCESSOR)
+        plan_picture(width, height, IMAGE_PROCESSOR)
 
 
 @settings(max_examples=examples(100, 2000), deadline=None)
@@ -111,7 +111,7 @@ def test_aspect_ratio_above_200(width: int, height: int) -> None:
 def test_every_patch_token_gets_one_vector(width: int, height: int, tiles: int) -> None:
     processor = IMAGE_PROCESSOR.model_copy(update={"max_crops": tiles})
     try:
-        plan = plan_tiling(height, width, processor)
+        plan = plan_picture(width, height, processor)
     except ImageError:
         assert max(width, height) > 200 * min(width, height)
         return

@@ -15,7 +15,7 @@ from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.families.jina_vlm import released
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor as ImageProcessor
-from edge_vlm.families.jina_vlm.tiling import cut_tiles, plan_tiling, tile_boxes
+from edge_vlm.families.jina_vlm.tiling import cut_tiles, plan_picture, tile_boxes
 from edge_vlm.pictures.overview import draw_tiling
 from tests.conftest import Run, assert_one_line
 
@@ -32,7 +32,7 @@ PROCESSORS = {"jina-vlm": released.IMAGE_PROCESSOR, "demo": DEMO}
 def test_used_parts_cover_the_picture_once(width: int, height: int, name: str, limit: int) -> None:
     assume(max(width, height) <= 200 * min(width, height))
     processor = PROCESSORS[name].model_copy(update={"max_crops": limit})
-    plan = plan_tiling(height, width, processor)
+    plan = plan_picture(width, height, processor)
     boxes = list(tile_boxes(plan, processor))
     assert len(boxes) == plan.n_crops - 1
     assert sum(count for _, _, count in boxes) == math.prod(plan.grid_hw)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from edge_vlm import Cancelled, CancelToken, DecoderError, EdgeVLM, ImageError, Progress
-from edge_vlm.families.jina_vlm.family import stitch
-from edge_vlm.families.jina_vlm.tiling import cut_tiles
+from edge_vlm.families.jina_vlm.tiling import cut_tiles, stitch
 from edge_vlm.pictures.picture import Picture, encode_pictures, open_picture, seen_among
 from tests.fake_engine import FakeEngine
 from tests.toy import tower as toy

@@ -17,7 +17,7 @@ from edge_vlm import BundleError, Cancelled, CancelToken, VisionError
 from edge_vlm.bundle.manifest import VISION_NAME, Bundle
 from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 from tests.bundle.damage import record
 from tests.fake_engine import FakeTower
 from tests.toy import tower as toy
@@ -34,9 +34,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def load(folder: Path) -> Callable[..., VisionTower]:
-    def loaded(engines: EngineSettings = ONE_THREAD, **options: Any) -> VisionTower:
-        return VisionTower(Bundle.open(folder), engines, **options)
+def load(folder: Path) -> Callable[..., OnnxTower]:
+    def loaded(engines: EngineSettings = ONE_THREAD, **options: Any) -> OnnxTower:
+        return OnnxTower(Bundle.open(folder), engines, **options)
 
     return loaded
 
@@ -55,7 +55,7 @@ def test_the_graph_is_what_its_generator_writes() -> None:
 
 
 def test_onnxruntime_computes_what_numpy_does(
-    load: Callable[..., VisionTower], tiles: JinaTiles
+    load: Callable[..., OnnxTower], tiles: JinaTiles
 ) -> None:
     tower, fake = load(), FakeTower()
     expected = toy.embed(tiles.crops, tiles.is_last)
@@ -72,7 +72,7 @@ def test_onnxruntime_computes_what_numpy_does(
 @pytest.mark.parametrize("tiles_per_call", [1, 2, 4])
 @pytest.mark.parametrize("wanted", [[], [3], [6, 0], [0, 1, 2, 3, 4, 5, 6]])
 def test_parts_hold_what_is_wanted(
-    load: Callable[..., VisionTower],
+    load: Callable[..., OnnxTower],
     tiles: JinaTiles,
     streams: int,
     tiles_per_call: int,
@@ -93,7 +93,7 @@ def test_parts_hold_what_is_wanted(
     assert tower.is_loaded is bool(wanted)
 
 
-def test_loading_makes_room_first_and_is_done_once(load: Callable[..., VisionTower]) -> None:
+def test_loading_makes_room_first_and_is_done_once(load: Callable[..., OnnxTower]) -> None:
     asked: list[bool] = []
     tower = load(before_load=lambda: asked.append(tower.is_loaded))
     assert (tower.is_loaded, tower.load_seconds) == (False, 0.0)
@@ -115,7 +115,7 @@ def test_loading_makes_room_first_and_is_done_once(load: Callable[..., VisionTow
     assert (len(asked), tower.load_seconds > seconds) == (2, True)
 
 
-def test_an_identity_holds_what_the_numbers_depend_on(load: Callable[..., VisionTower]) -> None:
+def test_an_identity_holds_what_the_numbers_depend_on(load: Callable[..., OnnxTower]) -> None:
     here = load().identity
     assert here == load().identity
     assert list(here["files"]) == [VISION_NAME]  # the decoder may be another
@@ -137,7 +137,7 @@ def one_crop_a_call(folder: Path) -> None:
 
 
 def test_a_graph_for_exactly_one_crop(
-    folder: Path, load: Callable[..., VisionTower], tiles: JinaTiles
+    folder: Path, load: Callable[..., OnnxTower], tiles: JinaTiles
 ) -> None:
     """Some accelerators want fixed shapes."""
     one_crop_a_call(folder)
@@ -148,7 +148,7 @@ def test_a_graph_for_exactly_one_crop(
     tower.rest()
 
 
-def test_a_graph_for_two_crops_is_refused(folder: Path, load: Callable[..., VisionTower]) -> None:
+def test_a_graph_for_two_crops_is_refused(folder: Path, load: Callable[..., OnnxTower]) -> None:
     made = onnx.load(folder / VISION_NAME)
     for value in (*made.graph.input, made.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 2
@@ -158,7 +158,7 @@ def test_a_graph_for_two_crops_is_refused(folder: Path, load: Callable[..., Visi
         load().load()
 
 
-def test_progress_and_cancelling(load: Callable[..., VisionTower], tiles: JinaTiles) -> None:
+def test_progress_and_cancelling(load: Callable[..., OnnxTower], tiles: JinaTiles) -> None:
     tower, done, cancel = load(), [], CancelToken()
 
     def stop_after_three(n_crops: int) -> None:
@@ -175,7 +175,7 @@ def test_progress_and_cancelling(load: Callable[..., VisionTower], tiles: JinaTi
 
 
 def test_stopping_inside_a_crop_is_no_failure(
-    load: Callable[..., VisionTower], tiles: JinaTiles, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., OnnxTower], tiles: JinaTiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime ends such a run with an error of its own."""
     tower, cancel = load(), CancelToken()
@@ -192,7 +192,7 @@ def test_stopping_inside_a_crop_is_no_failure(
 
 
 def test_a_failure_is_one_line(
-    load: Callable[..., VisionTower], tiles: JinaTiles, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., OnnxTower], tiles: JinaTiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*_: Any) -> Any:
         raise RuntimeError("\nno memory\nat all")
@@ -203,13 +203,13 @@ def test_a_failure_is_one_line(
         tower.encode(tiles)
 
 
-def test_embeddings_own_their_memory(load: Callable[..., VisionTower], tiles: JinaTiles) -> None:
+def test_embeddings_own_their_memory(load: Callable[..., OnnxTower], tiles: JinaTiles) -> None:
     """Views would keep onnxruntime's arena."""
     assert load().encode_crops(tiles.feed).flags.owndata
 
 
 def test_a_file_that_was_replaced_since_it_was_verified(
-    folder: Path, load: Callable[..., VisionTower]
+    folder: Path, load: Callable[..., OnnxTower]
 ) -> None:
     tower = load()
     path = folder / VISION_NAME

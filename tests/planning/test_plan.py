@@ -19,7 +19,7 @@ from edge_vlm.bundle.find import embedded_bundle
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.cli.tools.plan import DECODER, DEVICES, VISION
 from edge_vlm.decoder.decoder import LlamaDecoder
-from edge_vlm.families.jina_vlm.cost import VisionSizes
+from edge_vlm.families.jina_vlm.cost import vision_sizes
 from edge_vlm.families.jina_vlm.paper import efficiency_table
 from edge_vlm.families.others import OTHER_MODELS, OtherModel, Usage
 from edge_vlm.machine.engine_settings import KV_TYPES as KV_ELEMENT_BYTES
@@ -415,7 +415,7 @@ def test_manifests_without_the_planners_sizes_have_siglips_proportions() -> None
     early = manifest.vision.model_copy(
         update={"hidden_size": 1152, "n_heads": None, "ffn_size": None, "output_size": 2048}
     )
-    widths = VisionSizes.of(early)
+    widths = vision_sizes(early)
     assert (widths.n_heads, widths.ffn_size) == (16, 4304)
 
 

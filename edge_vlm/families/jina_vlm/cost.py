@@ -19,20 +19,6 @@ class VisionSizes(Transformer):
     projector_size: int
     output_size: int
 
-    @classmethod
-    def of(cls, vision: Vision) -> VisionSizes:
-        """A manifest's; what an early one lacks has the proportions of SigLIP2-So400M."""
-        hidden, out = vision.hidden_size, vision.output_size
-        return cls(
-            n_layers=vision.n_layers,
-            hidden_size=hidden,
-            n_heads=vision.n_heads or max(1, hidden // 72),
-            ffn_size=vision.ffn_size or round(hidden * 4304 / 1152),
-            feature_size=vision.feature_size or 2 * hidden,
-            projector_size=vision.projector_size or 3 * out,
-            output_size=out,
-        )
-
     @property
     def pooling_weights(self) -> tuple[int, int]:
         """Elements that each pooled vector meets, and that each of the patches under it meets."""
@@ -45,9 +31,19 @@ class VisionSizes(Transformer):
         return self.projector_size * (2 * self.hidden_size + self.output_size)
 
 
+def vision_sizes(vision: Vision) -> VisionSizes:
+    """A manifest's; those that an early one lacks follow from the others."""
+    return VisionSizes.of(
+        vision,
+        feature_size=vision.feature_size or 2 * vision.hidden_size,
+        projector_size=vision.projector_size or 3 * vision.output_size,
+        output_size=vision.output_size,
+    )
+
+
 def vision_work(processor: JinaImageProcessor, vision: Vision) -> VisionWork:
     """What one crop costs."""
-    sizes, (n_patches, patch_values) = VisionSizes.of(vision), processor.crop_shape
+    sizes, (n_patches, patch_values) = vision_sizes(vision), processor.crop_shape
     for_pooled, for_patch = sizes.pooling_weights
     window = processor.pooling_h * processor.pooling_w
     per_vector = for_pooled + window * for_patch + sizes.projector_weights

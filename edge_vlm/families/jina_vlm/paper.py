@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from edge_vlm.families.base import Figure
 from edge_vlm.families.jina_vlm import released
-from edge_vlm.families.jina_vlm.cost import VisionSizes
-from edge_vlm.families.jina_vlm.tiling import plan_tiling
+from edge_vlm.families.jina_vlm.cost import vision_sizes
+from edge_vlm.families.jina_vlm.tiling import plan_picture
 from edge_vlm.families.sizes import block_weights, decoder_flops
 
 TILES = 12
@@ -31,9 +31,8 @@ LARGEST_PICTURE = (2728, 2046)  # width, height: twelve tiles
 def efficiency_table() -> list[Figure]:
     """The published table for the released architecture."""
     processor, decoder = released.IMAGE_PROCESSOR, released.DECODER
-    sizes = VisionSizes.of(released.VISION)
-    crops = TILES + 1
-    window = processor.pooling_h * processor.pooling_w
+    sizes = vision_sizes(released.VISION)
+    crops, window = TILES + 1, processor.pooling_h * processor.pooling_w
     patches = crops * processor.n_patches
     pooled = crops * (processor.n_patches // window)
 
@@ -44,10 +43,10 @@ def efficiency_table() -> list[Figure]:
 
     whole_tower = replace(sizes, n_layers=TOWER_BLOCKS)
     tower = crops * whole_tower.flops(*processor.crop_shape)
+    whole_ratio = (tower + plain_flops) / (tower + pooled_flops)
     kv = decoder.kv_bytes_per_token(4.0)
 
-    width, height = LARGEST_PICTURE
-    tokens = plan_tiling(height, width, processor).n_tokens
+    tokens = plan_picture(*LARGEST_PICTURE, processor).n_tokens
     used_kv = tokens * decoder.kv_bytes_per_token()
     prefill = decoder_flops(decoder, tokens)
     return [
@@ -57,11 +56,5 @@ def efficiency_table() -> list[Figure]:
         Figure("prefill, pooled", "TFLOPs", 6.9, pooled_flops / 1e12, prefill / 1e12),
         Figure("KV cache, no pooling", "GB", 2.12, patches * kv / PAPER_GB, None),
         Figure("KV cache, pooled", "GB", 0.53, pooled * kv / PAPER_GB, used_kv / 1e9),
-        Figure(
-            "total FLOPs, ratio",
-            "",
-            2.3,
-            (tower + plain_flops) / (tower + pooled_flops),
-            None,
-        ),
+        Figure("total FLOPs, ratio", "", 2.3, whole_ratio, None),
     ]

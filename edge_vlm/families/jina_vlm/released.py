@@ -3,10 +3,9 @@
 Source: config.json and preprocessor_config.json of ``jinaai/jina-vlm`` on Hugging Face.
 """
 
+from edge_vlm.families.base import Released
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm.families.sizes import Decoder, Vision
-
-NAME = "jina-vlm"
 
 IMAGE_PROCESSOR = JinaImageProcessor(
     patch_size=14,
@@ -46,3 +45,5 @@ DECODER = Decoder(
     max_sequence_length=40960,
     tied_head=False,
 )
+
+RELEASED = {"jina-vlm": Released(IMAGE_PROCESSOR, VISION, DECODER)}

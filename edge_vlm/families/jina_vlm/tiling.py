@@ -12,16 +12,27 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import product
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from edge_vlm.errors import ImageError
-from edge_vlm.families.base import Box, ImageProcessor, Layout, Prompt, Tiles, Tokens
+from edge_vlm.families.base import (
+    Box,
+    Float32,
+    ImageProcessor,
+    Int32,
+    Layout,
+    Prompt,
+    Tiles,
+    Tokens,
+    UInt8,
+)
 from edge_vlm.families.parts import Count, Margin, Pair, TokenId
-from edge_vlm.families.resample import resize_bilinear
+from edge_vlm.families.resample import is_reduced, resize_bilinear
 
 
 class JinaImageProcessor(ImageProcessor):
@@ -83,10 +94,8 @@ class JinaImageProcessor(ImageProcessor):
     def _geometry_is_consistent(self) -> JinaImageProcessor:
         if any(side % self.patch_size for side in self.base_input_size):
             raise ValueError("base_input_size is not a multiple of patch_size")
-        pooled = (
-            math.ceil(self.patches_hw[0] / self.pooling_h),
-            math.ceil(self.patches_hw[1] / self.pooling_w),
-        )
+        rows, columns = self.patches_hw
+        pooled = -(-rows // self.pooling_h), -(-columns // self.pooling_w)
         if pooled != (self.token_length_h, self.token_length_w):
             raise ValueError(
                 f"token_length {self.token_length_h}x{self.token_length_w} contradicts"
@@ -125,11 +134,6 @@ class JinaPrompt(Prompt):
 
 
 MAX_ASPECT_RATIO = 200
-NOT_USED = -1
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
-Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -169,27 +173,25 @@ class JinaTiles(Tiles):
         return {"is_last": self.is_last}
 
 
-def plan_tiling(height: int, width: int, settings: JinaImageProcessor) -> TilingPlan:
-    """Decide resize and tiling for a picture of ``height`` x ``width`` pixels.
+def plan_picture(width: int, height: int, processor: JinaImageProcessor) -> TilingPlan:
+    """Decide resize and tiling for a picture of ``width`` x ``height`` pixels.
 
     Raises:
         ImageError: the longer side is more than 200 times the shorter one.
     """
-    resized = smart_resize(height, width, settings)
-    rows, columns = choose_tiling(resized, settings)
-    window_h, window_w = _window(settings)
-    overlap = sum(settings.overlap_margins) * settings.patch_size
-    thumbnail_hw = settings.token_length_h, settings.token_length_w
-    grid_hw = (
-        sum(count for _, count in kept_rows(rows, settings, axis=0)),
-        sum(count for _, count in kept_rows(columns, settings, axis=1)),
-    )
+    resized = smart_resize(height, width, processor)
+    rows, columns = choose_tiling(resized, processor)
+    window_h, window_w = _window(processor)
+    overlap = sum(processor.overlap_margins) * processor.patch_size
+    thumbnail_hw = processor.token_length_h, processor.token_length_w
+    grid_hw = kept_rows(rows, processor, 0)[-1].end, kept_rows(columns, processor, 1)[-1].end
     n_vectors = math.prod(thumbnail_hw), math.prod(grid_hw)
-    row_ends = thumbnail_hw[0] + grid_hw[0] if settings.use_column_tokens else 0
+    row_ends = thumbnail_hw[0] + grid_hw[0] if processor.use_column_tokens else 0
     return TilingPlan(
         original_hw=(height, width),
         resized_hw=resized,
         tiling=(rows, columns),
+        is_reduced=is_reduced((height, width), resized, processor.patch_size),
         n_crops=rows * columns + 1,
         n_tokens=sum(n_vectors) + row_ends + 4,  # each of two blocks has a beginning and an end
         overview_tokens=n_vectors[0],
@@ -197,40 +199,32 @@ def plan_tiling(height: int, width: int, settings: JinaImageProcessor) -> Tiling
         tiled_hw=(rows * window_h + overlap, columns * window_w + overlap),
         thumbnail_hw=thumbnail_hw,
         grid_hw=grid_hw,
-        # Rounding to whole patches moves a side by at most half a patch.
-        is_reduced=any(
-            side - used > settings.patch_size / 2
-            for side, used in zip((height, width), resized, strict=True)
-        ),
     )
 
 
-def cut_tiles(pixels: UInt8, settings: JinaImageProcessor) -> JinaTiles:
+def cut_tiles(pixels: UInt8, processor: JinaImageProcessor) -> JinaTiles:
     """Resize a picture of shape (height, width, 3), cut it and flatten the patches.
 
     Raises:
-        ImageError: see ``plan_tiling``.
+        ImageError: see ``plan_picture``.
     """
-    height, width = pixels.shape[:2]
-    plan = plan_tiling(height, width, settings)
-    base_h, base_w = settings.base_input_size
-    window_h, window_w = _window(settings)
+    plan = plan_picture(pixels.shape[1], pixels.shape[0], processor)
+    base_h, base_w = processor.base_input_size
+    window_h, window_w = _window(processor)
 
     levels = np.rint(resize_bilinear(pixels, *plan.resized_hw))
     resized = levels.astype(np.uint8).astype(np.float32) / np.float32(255)
     tiled = _to_signed(resize_bilinear(resized, *plan.tiled_hw))
-    crops = np.empty((plan.n_crops, settings.n_patches, settings.patch_values), np.float32)
-    crops[0] = _patches(_to_signed(resize_bilinear(resized, base_h, base_w)), settings.patch_size)
-    rows, columns = plan.tiling
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * window_h, column * window_w
-            crop = tiled[top : top + base_h, left : left + base_w]
-            crops[1 + row * columns + column] = _patches(crop, settings.patch_size)
+    crops = np.empty((plan.n_crops, *processor.crop_shape), np.float32)
+    crops[0] = _patches(_to_signed(resize_bilinear(resized, base_h, base_w)), processor.patch_size)
+    for index, (row, column) in enumerate(np.ndindex(plan.tiling), 1):
+        top, left = row * window_h, column * window_w
+        crop = tiled[top : top + base_h, left : left + base_w]
+        crops[index] = _patches(crop, processor.patch_size)
     return JinaTiles(plan, crops)
 
 
-def smart_resize(height: int, width: int, settings: JinaImageProcessor) -> tuple[int, int]:
+def smart_resize(height: int, width: int, processor: JinaImageProcessor) -> tuple[int, int]:
     """The size, in whole patches and within the pixel limits, a picture is first resized to.
 
     Raises:
@@ -241,35 +235,35 @@ def smart_resize(height: int, width: int, settings: JinaImageProcessor) -> tuple
             f"the picture is {width}x{height} pixels: one side is more than"
             f" {MAX_ASPECT_RATIO} times the other; crop it first"
         )
-    patch = settings.patch_size
+    patch = processor.patch_size
     resized_h = round(height / patch) * patch
     resized_w = round(width / patch) * patch
-    if resized_h * resized_w > settings.max_pixels:
-        beta = math.sqrt(height * width / settings.max_pixels)
+    if resized_h * resized_w > processor.max_pixels:
+        beta = math.sqrt(height * width / processor.max_pixels)
         resized_h = max(patch, math.floor(height / beta / patch) * patch)
         resized_w = max(patch, math.floor(width / beta / patch) * patch)
-    elif resized_h * resized_w < settings.min_pixels:
-        beta = math.sqrt(settings.min_pixels / (height * width))
+    elif resized_h * resized_w < processor.min_pixels:
+        beta = math.sqrt(processor.min_pixels / (height * width))
         resized_h = math.ceil(height * beta / patch) * patch
         resized_w = math.ceil(width * beta / patch) * patch
     return resized_h, resized_w
 
 
-def choose_tiling(resized_hw: tuple[int, int], settings: JinaImageProcessor) -> tuple[int, int]:
+def choose_tiling(resized_hw: tuple[int, int], processor: JinaImageProcessor) -> tuple[int, int]:
     """(rows, columns) of the crop grid for a resized picture.
 
     The first tiling that enlarges least; if all would reduce it, the one that reduces least. A
     side smaller than the overlap gives a negative scale and a side equal to it an infinite one,
     as in the published code.
     """
-    limit = settings.max_crops
+    limit = processor.max_crops
     candidates = sorted(
         ((r, c) for r in range(1, limit + 1) for c in range(1, limit // r + 1)),
         key=lambda rc: (rc[0] * rc[1], rc[0]),
     )
-    overlap = sum(settings.overlap_margins) * settings.patch_size
+    overlap = sum(processor.overlap_margins) * processor.patch_size
     inner = np.array(resized_hw, np.float32) - np.float32(overlap)
-    windows = np.array(candidates, np.float32) * np.array(_window(settings), np.float32)
+    windows = np.array(candidates, np.float32) * np.array(_window(processor), np.float32)
     with np.errstate(divide="ignore"):
         scales = (windows / inner).min(axis=1)
     enlarging = scales >= 1
@@ -278,89 +272,109 @@ def choose_tiling(resized_hw: tuple[int, int], settings: JinaImageProcessor) -> 
     return candidates[int(np.argmin(np.where(enlarging, scales, np.inf)))]
 
 
-def kept_rows(n_tiles: int, settings: JinaImageProcessor, axis: int) -> list[tuple[int, int]]:
-    """(start, count) of the pooled rows (axis 0) or columns (axis 1) kept from each tile.
+class Kept(NamedTuple):
+    """Pooled rows or columns of a tile that are used: the first, and where they go in the grid."""
+
+    first: int
+    start: int
+    end: int
+
+
+def kept_rows(n_tiles: int, processor: JinaImageProcessor, axis: int) -> list[Kept]:
+    """The pooled rows (axis 0) or columns (axis 1) kept from each tile.
 
     Neighbouring crops overlap; of the overlap each pooled vector is used once.
     """
-    margins = settings.overlap_margins
-    pooling = (settings.pooling_h, settings.pooling_w)[axis]
-    patches = settings.patches_hw[axis]
-    window = patches - sum(margins)
-    kept = []
+    before, behind = processor.overlap_margins
+    pooling = (processor.pooling_h, processor.pooling_w)[axis]
+    window = processor.patches_hw[axis] - before - behind
+    kept: list[Kept] = []
+    end = 0
     for tile in range(n_tiles):
-        n_patches = window
-        n_patches += margins[0] if tile == 0 else 0
-        n_patches += margins[1] if tile == n_tiles - 1 else 0
-        start = 0 if tile == 0 else margins[0] // pooling
-        kept.append((start, math.ceil(n_patches / pooling)))
+        n_patches = window + before * (tile == 0) + behind * (tile == n_tiles - 1)
+        start, end = end, end + math.ceil(n_patches / pooling)
+        kept.append(Kept(before // pooling if tile else 0, start, end))
     return kept
 
 
-def token_block(plan: TilingPlan, settings: JinaImageProcessor) -> npt.NDArray[np.str_]:
+def token_block(plan: TilingPlan, processor: JinaImageProcessor) -> npt.NDArray[np.str_]:
     """The tokens that stand for the picture, as one-letter codes: thumbnail block, crops block.
 
     ``s`` <im_start>, ``p`` <im_patch>, ``c`` <im_col>, ``e`` <im_end>; shape (n_image_tokens,).
     """
     text = ""
     for rows, columns in (plan.thumbnail_hw, plan.grid_hw):
-        row = "p" * columns + ("c" if settings.use_column_tokens else "")
+        row = "p" * columns + ("c" if processor.use_column_tokens else "")
         text += "s" + row * rows + "e"
     return np.array(list(text))
 
 
-def patch_order(plan: TilingPlan, settings: JinaImageProcessor) -> Int32:
+def patch_order(plan: TilingPlan, processor: JinaImageProcessor) -> Int32:
     """Which ``<im_patch>`` of the block each connector output belongs to.
 
     Returns:
         (n_crops, tokens_per_crop) int32: index among the picture's <im_patch> tokens, in reading
         order, or -1 for an output that is thrown away.
     """
-    rows, columns = plan.tiling
-    t_h, t_w = settings.token_length_h, settings.token_length_w
-    order = np.full((plan.n_crops, t_h, t_w), NOT_USED, np.int32)
-    n_thumbnail = t_h * t_w
-    order[0] = np.arange(n_thumbnail, dtype=np.int32).reshape(t_h, t_w)
-    grid = np.arange(math.prod(plan.grid_hw), dtype=np.int32).reshape(plan.grid_hw) + n_thumbnail
-    top = 0
-    for row, (row_start, n_rows) in enumerate(kept_rows(rows, settings, axis=0)):
-        left = 0
-        for column, (col_start, n_cols) in enumerate(kept_rows(columns, settings, axis=1)):
-            crop = order[1 + row * columns + column]
-            crop[row_start : row_start + n_rows, col_start : col_start + n_cols] = grid[
-                top : top + n_rows, left : left + n_cols
-            ]
-            left += n_cols
-        top += n_rows
+    t_h, t_w = plan.thumbnail_hw
+    order = np.full((plan.n_crops, t_h, t_w), -1, np.int32)
+    order[0] = np.arange(t_h * t_w).reshape(t_h, t_w)
+    grid = np.arange(math.prod(plan.grid_hw)).reshape(plan.grid_hw) + t_h * t_w
+    for crop, (rows, columns) in zip(order[1:], _kept_parts(plan, processor), strict=True):
+        part = grid[rows.start : rows.end, columns.start : columns.end]
+        n_rows, n_columns = part.shape
+        crop[rows.first : rows.first + n_rows, columns.first : columns.first + n_columns] = part
     return order.reshape(plan.n_crops, t_h * t_w)
 
 
-def tile_boxes(plan: TilingPlan, settings: JinaImageProcessor) -> Iterator[tuple[Box, Box, int]]:
+def stitch(
+    embeddings: Float32, markers: Float32, plan: TilingPlan, processor: JinaImageProcessor
+) -> Float32:
+    """Embeddings of a picture's whole token block, in order.
+
+    The markers between the patches are embedded here as well, so that a picture goes into the
+    decoder as one batch instead of one small batch for each row of patches.
+
+    Args:
+        embeddings: (n_crops, tokens_per_crop, hidden_size), thumbnail first.
+        markers: (3, hidden_size), rows of <im_start>, <im_col>, <im_end>.
+        plan: the picture's tiling.
+        processor: the bundle's.
+
+    Returns:
+        (n_image_tokens, hidden_size) float32.
+    """
+    block = token_block(plan, processor)
+    hidden = embeddings.shape[-1]
+    rows = np.empty((len(block), hidden), np.float32)
+    for code, marker in zip("sce", markers, strict=True):
+        rows[block == code] = marker
+    order = patch_order(plan, processor).ravel()
+    used = order >= 0
+    rows[np.flatnonzero(block == "p")[order[used]]] = embeddings.reshape(-1, hidden)[used]
+    return rows
+
+
+def tile_boxes(plan: TilingPlan, processor: JinaImageProcessor) -> Iterator[tuple[Box, Box, int]]:
     """Each tile in reading order: its extent, the part whose vectors are used, and their number.
 
     Both boxes are in parts of the picture's width and height. The used parts cover the picture
     without overlap; the extents overlap by the margins.
     """
-    (rows, columns), (tiled_h, tiled_w) = plan.tiling, plan.tiled_hw
-    base_h, base_w = settings.base_input_size
-    margin = sum(settings.overlap_margins) * settings.patch_size
-    cell_h, cell_w = plan.grid_hw
-    top = 0
-    for row, (_, n_rows) in enumerate(kept_rows(rows, settings, axis=0)):
-        left = 0
-        y = row * (base_h - margin)
-        for column, (_, n_columns) in enumerate(kept_rows(columns, settings, axis=1)):
-            x = column * (base_w - margin)
-            extent = (x / tiled_w, y / tiled_h, (x + base_w) / tiled_w, (y + base_h) / tiled_h)
-            used = (
-                left / cell_w,
-                top / cell_h,
-                (left + n_columns) / cell_w,
-                (top + n_rows) / cell_h,
-            )
-            yield extent, used, n_rows * n_columns
-            left += n_columns
-        top += n_rows
+    (base_h, base_w), (window_h, window_w) = processor.base_input_size, _window(processor)
+    (tiled_h, tiled_w), (cell_h, cell_w) = plan.tiled_hw, plan.grid_hw
+    parts = zip(np.ndindex(plan.tiling), _kept_parts(plan, processor), strict=True)
+    for (row, column), (rows, columns) in parts:
+        x, y = column * window_w, row * window_h
+        extent = x / tiled_w, y / tiled_h, (x + base_w) / tiled_w, (y + base_h) / tiled_h
+        used = columns.start / cell_w, rows.start / cell_h, columns.end / cell_w, rows.end / cell_h
+        yield extent, used, (rows.end - rows.start) * (columns.end - columns.start)
+
+
+def _kept_parts(plan: TilingPlan, processor: JinaImageProcessor) -> Iterator[tuple[Kept, Kept]]:
+    """The rows and columns kept from each tile, in reading order."""
+    rows, columns = plan.tiling
+    return product(kept_rows(rows, processor, 0), kept_rows(columns, processor, 1))
 
 
 def _to_signed(unit: Float32) -> Float32:
@@ -378,8 +392,8 @@ def _patches(crop: Float32, patch: int) -> Float32:
     return patches
 
 
-def _window(settings: JinaImageProcessor) -> tuple[int, int]:
+def _window(processor: JinaImageProcessor) -> tuple[int, int]:
     """Pixels by which one crop advances to the next: (vertical, horizontal)."""
-    margin = sum(settings.overlap_margins)
-    rows, columns = settings.patches_hw
-    return (rows - margin) * settings.patch_size, (columns - margin) * settings.patch_size
+    margin = sum(processor.overlap_margins)
+    rows, columns = processor.patches_hw
+    return (rows - margin) * processor.patch_size, (columns - margin) * processor.patch_size

@@ -1,32 +1,16 @@
-"""LLaVA-OneVision for the runtime."""
+"""LLaVA-OneVision for the runtime: its own of everything that a family supplies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.families.base import (
-    Box,
-    Family,
-    Float32,
-    Int32,
-    Prompt,
-    Released,
-    Tiles,
-    Tokens,
-    UInt8,
-)
+from edge_vlm.families.base import Family, Int32, Prompt, Released, Tokens
 from edge_vlm.families.llava_onevision import packing, tiling
-from edge_vlm.families.llava_onevision.cost import vision_work
 from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
 from edge_vlm.families.llava_onevision.released import RELEASED
-
-if TYPE_CHECKING:
-    from edge_vlm.families.llava_onevision.tiling import OneVisionLayout
-    from edge_vlm.families.sizes import Vision, VisionWork
+from edge_vlm.families.sizes import Transformer, Vision, VisionWork
 
 
 class LlavaOneVision(Family):
@@ -38,30 +22,14 @@ class LlavaOneVision(Family):
     prompt = Prompt
     n_markers = 1  # the vector behind each row
 
-    def layout(
-        self, width: int, height: int, processor: OneVisionImageProcessor
-    ) -> OneVisionLayout:
-        """See ``tiling.plan_tiling`` and ``check_sides``."""
-        tiling.check_sides(height, width)
-        return tiling.plan_tiling(height, width, processor)
-
-    def cut(self, pixels: UInt8, processor: OneVisionImageProcessor) -> Tiles:
-        """See ``tiling.cut_tiles`` and ``check_sides``."""
-        tiling.check_sides(pixels.shape[0], pixels.shape[1])
-        return tiling.cut_tiles(pixels, processor)
-
-    def rows(
-        self,
-        embeddings: Float32,
-        markers: Float32,
-        plan: OneVisionLayout,
-        processor: OneVisionImageProcessor,
-    ) -> Float32:
-        """See ``packing.pack``."""
-        return packing.pack(embeddings, markers, plan, processor)
+    layout = staticmethod(tiling.plan_picture)
+    cut = staticmethod(tiling.cut_tiles)
+    rows = staticmethod(packing.pack)
+    boxes = staticmethod(packing.tile_boxes)
+    largest = staticmethod(tiling.largest_pictures)
 
     def block(
-        self, plan: OneVisionLayout, processor: OneVisionImageProcessor, tokens: Tokens
+        self, plan: tiling.OneVisionLayout, processor: OneVisionImageProcessor, tokens: Tokens
     ) -> Int32:
         """As many <image> as there are vectors."""
         return np.full(plan.n_tokens, tokens.image, np.int32)
@@ -81,21 +49,19 @@ class LlavaOneVision(Family):
         """One of several pictures is a single crop."""
         return processor.model_copy(update={"tiled": n_pictures < 2})
 
-    def largest(self, processor: OneVisionImageProcessor) -> Sequence[tuple[int, int]]:
-        """See ``tiling.largest_pictures``."""
-        return tiling.largest_pictures(processor)
-
-    def boxes(
-        self, plan: OneVisionLayout, processor: OneVisionImageProcessor
-    ) -> Iterator[tuple[Box, Box, int]]:
-        """See ``packing.tile_boxes``."""
-        return packing.tile_boxes(plan, processor)
-
     def work(self, processor: OneVisionImageProcessor, vision: Vision) -> VisionWork:
-        """See ``cost.vision_work``."""
-        return vision_work(processor, vision)
+        """Of the tower and the projector, what one crop costs."""
+        tower, (n_patches, patch_values) = Transformer.of(vision), processor.crop_shape
+        out = vision.output_size
+        projector = (vision.hidden_size + out) * (vision.projector_size or out)
+        return VisionWork(
+            n_weights=tower.n_weights(n_patches, patch_values) + projector,
+            tower_flops=tower.flops(n_patches, patch_values),
+            connector_flops=2 * n_patches * projector,
+            live_bytes=tower.live_bytes(n_patches),
+        )
 
-    def released(self) -> Mapping[str, Released]:
+    def released(self) -> dict[str, Released]:
         """Two sizes of the models that take one picture, several, or film."""
         return RELEASED
 

@@ -12,11 +12,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_vlm.errors import ImageError
-from edge_vlm.families.base import Layout, Tiles
-from edge_vlm.families.resample import resize_bicubic
+from edge_vlm.families.base import Float32, Layout, Tiles, UInt8
+from edge_vlm.families.resample import is_reduced, resize_bicubic
 
 if TYPE_CHECKING:
     from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 65_535  # a JPEG's; what a resize takes grows with the longer side
 TOLERATED = 1.1  # how many times as long as allowed a side of the grid may be
 
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width, or rows, columns
 
 
@@ -38,8 +35,8 @@ class OneVisionLayout(Layout):
     grid_hw: Size
 
 
-def check_sides(height: int, width: int) -> None:
-    """Refuse what could not be resized in bounded memory.
+def plan_picture(width: int, height: int, processor: OneVisionImageProcessor) -> OneVisionLayout:
+    """As ``plan_tiling``, for what can be resized in bounded memory.
 
     Raises:
         ImageError: one side is longer than 65,535 pixels.
@@ -49,32 +46,29 @@ def check_sides(height: int, width: int) -> None:
             f"the picture is {width}x{height} pixels: one side is longer than {MAX_SIDE};"
             " make it smaller or crop it first"
         )
+    return plan_tiling(width, height, processor)
 
 
-def plan_tiling(height: int, width: int, settings: OneVisionImageProcessor) -> OneVisionLayout:
-    """Decide resolution and tokens for a picture of ``height`` x ``width`` pixels."""
-    side, tile = settings.side, settings.tile_size
-    if settings.tiled:
-        tiling = choose_grid(height, width, settings)
+def plan_tiling(width: int, height: int, processor: OneVisionImageProcessor) -> OneVisionLayout:
+    """Decide resolution and tokens for a picture of ``width`` x ``height`` pixels."""
+    side, tile = processor.side, processor.tile_size
+    if processor.tiled:
+        tiling = choose_grid(height, width, processor)
         resized = fit(height, width, (tiling[0] * tile, tiling[1] * tile))
         padding, kept = unpadded(height, width, (tiling[0] * side, tiling[1] * side))
-        grid = scaled_down(kept, settings)
+        grid = scaled_down(kept, processor)
         n_overviews, n_row_ends = 1, grid[0]
     else:
         tiling, padding, kept, grid = (1, 1), (0, 0), (side, side), (side, side)
         longest = max(height, width)
         resized = (-(-height * tile // longest), -(-width * tile // longest))
         n_overviews, n_row_ends = 0, 1
-    overview, tiles = n_overviews * settings.tokens_per_crop, math.prod(grid)
+    overview, tiles = n_overviews * processor.tokens_per_crop, math.prod(grid)
     return OneVisionLayout(
         original_hw=(height, width),
         resized_hw=resized,
         tiling=tiling,
-        # Rounding moves a side by less than half a patch.
-        is_reduced=any(
-            side - used > settings.patch_size / 2
-            for side, used in zip((height, width), resized, strict=True)
-        ),
+        is_reduced=is_reduced((height, width), resized, processor.patch_size),
         n_crops=n_overviews + math.prod(tiling),
         n_tokens=overview + tiles + n_row_ends,
         overview_tokens=overview,
@@ -85,16 +79,16 @@ def plan_tiling(height: int, width: int, settings: OneVisionImageProcessor) -> O
     )
 
 
-def choose_grid(height: int, width: int, settings: OneVisionImageProcessor) -> Size:
+def choose_grid(height: int, width: int, processor: OneVisionImageProcessor) -> Size:
     """(rows, columns) of tiles: most of the picture's pixels, then the least padding."""
 
     def fitness(grid: Size) -> tuple[int, int]:
-        full_h, full_w = grid[0] * settings.tile_size, grid[1] * settings.tile_size
+        full_h, full_w = grid[0] * processor.tile_size, grid[1] * processor.tile_size
         scale = min(full_w / width, full_h / height)
         used = min(int(width * scale) * int(height * scale), width * height)
         return used, used - full_h * full_w
 
-    return max(settings.grids, key=fitness)  # the first of equal ones
+    return max(processor.grids, key=fitness)  # the first of equal ones
 
 
 def fit(height: int, width: int, full: Size) -> Size:
@@ -119,43 +113,46 @@ def unpadded(height: int, width: int, grid: Size) -> tuple[Size, Size]:
     return (0, before), (rows, columns - 2 * before)
 
 
-def scaled_down(kept: Size, settings: OneVisionImageProcessor) -> Size:
+def scaled_down(kept: Size, processor: OneVisionImageProcessor) -> Size:
     """Rows and columns that a grid of vectors is reduced to, itself where it is small enough."""
     rows, columns = kept
-    ratio = math.sqrt(rows * columns / (settings.max_vectors * settings.side**2))
+    ratio = math.sqrt(rows * columns / (processor.max_vectors * processor.side**2))
     return (int(rows // ratio), int(columns // ratio)) if ratio > TOLERATED else kept
 
 
 @cache
-def largest_pictures(settings: OneVisionImageProcessor) -> tuple[Size, ...]:
+def largest_pictures(processor: OneVisionImageProcessor) -> tuple[Size, ...]:
     """(width, height) of the picture with the most tokens, and of one with the most tiles.
 
     They differ, because the vectors of many tiles are scaled down. The most tokens have pictures
     that fill a resolution but for as much padding as keeps them from that.
     """
-    tile, side = settings.tile_size, settings.side
-    most = math.floor(TOLERATED**2 * settings.max_vectors * side**2)
+    tile, side = processor.tile_size, processor.side
+    most = math.floor(TOLERATED**2 * processor.max_vectors * side**2)
     shapes: list[Size] = []
-    for rows, columns in settings.grids:
+    for rows, columns in processor.grids:
         shapes.append((columns * tile, rows * tile))
-        for n_kept in {min(rows * side, most // (columns * side) + extra) for extra in (-1, 0)}:
-            shapes.append((columns * tile, max(1, n_kept * tile // side)))
-        for n_kept in {min(columns * side, most // (rows * side) + extra) for extra in (-1, 0)}:
-            shapes.append((max(1, n_kept * tile // side), rows * tile))
-    plans = {shape: plan_tiling(shape[1], shape[0], settings) for shape in shapes}
-    return (
-        max(shapes, key=lambda shape: plans[shape].n_tokens),
-        max(shapes, key=lambda shape: plans[shape].n_crops),
-    )
+        for extra in (-1, 0):
+            n_rows = min(rows * side, most // (columns * side) + extra)
+            n_columns = min(columns * side, most // (rows * side) + extra)
+            shapes.append((columns * tile, max(1, n_rows * tile // side)))
+            shapes.append((max(1, n_columns * tile // side), rows * tile))
+    plans = {shape: plan_tiling(*shape, processor) for shape in shapes}
+    by_tokens = max(shapes, key=lambda shape: plans[shape].n_tokens)
+    return by_tokens, max(shapes, key=lambda shape: plans[shape].n_crops)
 
 
-def cut_tiles(pixels: UInt8, settings: OneVisionImageProcessor) -> Tiles:
-    """Resize and cut a picture of shape (height, width, 3); values are normalised."""
-    plan = plan_tiling(pixels.shape[0], pixels.shape[1], settings)
-    levels = cut_levels(pixels, plan, settings)
-    crops = np.empty((plan.n_crops, *settings.crop_shape), np.float32)
-    tables = _normalised_levels(settings)
-    patch, side = settings.patch_size, settings.side
+def cut_tiles(pixels: UInt8, processor: OneVisionImageProcessor) -> Tiles:
+    """Resize and cut a picture of shape (height, width, 3); values are normalised.
+
+    Raises:
+        ImageError: see ``plan_picture``.
+    """
+    plan = plan_picture(pixels.shape[1], pixels.shape[0], processor)
+    levels = cut_levels(pixels, plan, processor)
+    crops = np.empty((plan.n_crops, *processor.crop_shape), np.float32)
+    tables = _normalised_levels(processor)
+    patch, side = processor.patch_size, processor.side
     seen = side * patch  # the convolution has no padding: what is left of a patch it does not see
     for crop, level in zip(crops, levels, strict=True):
         values = crop.reshape(side, side, 3, patch, patch)
@@ -165,11 +162,11 @@ def cut_tiles(pixels: UInt8, settings: OneVisionImageProcessor) -> Tiles:
     return Tiles(plan, crops)
 
 
-def cut_levels(pixels: UInt8, plan: OneVisionLayout, settings: OneVisionImageProcessor) -> UInt8:
+def cut_levels(pixels: UInt8, plan: OneVisionLayout, processor: OneVisionImageProcessor) -> UInt8:
     """The crops before normalisation: (n_crops, tile_size, tile_size, 3), the overview first."""
-    tile = settings.tile_size
-    if not settings.tiled:
-        return _squared(pixels, settings)[None]
+    tile = processor.tile_size
+    if not processor.tiled:
+        return _squared(pixels, processor)[None]
     (rows, columns), (height, width) = plan.tiling, plan.resized_hw
     canvas = np.zeros((rows * tile, columns * tile, 3), np.uint8)  # padding is black
     top, left = (rows * tile - height) // 2, (columns * tile - width) // 2
@@ -179,14 +176,14 @@ def cut_levels(pixels: UInt8, plan: OneVisionLayout, settings: OneVisionImagePro
     return np.concatenate((overview[None], tiles.reshape(-1, tile, tile, 3)))
 
 
-def _squared(pixels: UInt8, settings: OneVisionImageProcessor) -> UInt8:
+def _squared(pixels: UInt8, processor: OneVisionImageProcessor) -> UInt8:
     """One crop of a picture that is padded to a square with the mean colour.
 
     The square itself is never held: it may be many times as large as the picture.
     """
     height, width = pixels.shape[:2]
-    tile, longest = settings.tile_size, max(height, width)
-    colour = np.array([int(255 * mean) for mean in settings.image_mean], np.uint8)
+    tile, longest = processor.tile_size, max(height, width)
+    colour = np.array([int(255 * mean) for mean in processor.image_mean], np.uint8)
     top, left = (longest - height) // 2, (longest - width) // 2
     narrow = np.empty((longest, tile, 3), np.uint8)
     narrow[:] = colour
@@ -200,10 +197,10 @@ def _squared(pixels: UInt8, settings: OneVisionImageProcessor) -> UInt8:
     return resize_bicubic(narrow, tile, tile)
 
 
-def _normalised_levels(settings: OneVisionImageProcessor) -> Float32:
+def _normalised_levels(processor: OneVisionImageProcessor) -> Float32:
     """(3, 256): what becomes of each 8-bit level of a channel."""
     unit = (np.arange(256) * (1 / 255)).astype(np.float32)
-    mean = np.array(settings.image_mean, np.float32)[:, None]
-    std = np.array(settings.image_std, np.float32)[:, None]
+    mean = np.array(processor.image_mean, np.float32)[:, None]
+    std = np.array(processor.image_std, np.float32)[:, None]
     normalised: Float32 = (unit - mean) / std
     return normalised

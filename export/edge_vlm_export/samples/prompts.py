@@ -11,7 +11,7 @@ from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import untuned
 from edge_vlm.pictures.image import load_image
-from edge_vlm.pictures.tower import VisionTower
+from edge_vlm.pictures.tower import OnnxTower
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.prompt.builder import PromptBuilder, TokenSpan
 from edge_vlm_export.samples.conversations import Prompt
@@ -33,7 +33,7 @@ class PromptMaker:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._processor = limit_tiles(bundle.manifest.image_processor, MAX_TILES)
-        self._tower = VisionTower(bundle, replace(untuned(), vision_threads=threads))
+        self._tower = OnnxTower(bundle, replace(untuned(), vision_threads=threads))
         self._markers = self._tower.marker_embeddings
         self._decoder = LlamaDecoder(bundle, in_turns=True)  # the vocabulary alone is loaded
         template = self._decoder.chat_template

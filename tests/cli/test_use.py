@@ -1,4 +1,4 @@
-"""Which model is used when a command names none: `edge-vlm use`, and the line about the demo."""
+"""`edge-vlm use`: the model of commands that name none, and the line about the demo."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_vlm.bundle.find import embedded_bundle, find_bundle
+from edge_vlm.bundle.find import find_bundle
 from edge_vlm.cli.choose import DEMO_LINE
-from edge_vlm.errors import BundleError
 from tests.conftest import Run, assert_one_line
 
 QUESTION = ("ask", "Hello", "--max-tokens", "1", "--json")
@@ -67,36 +66,8 @@ def test_a_path_is_remembered_whole(run: Run, folder: Path, bundle: Callable[...
     assert find_bundle() == bundle("tiny-378").resolve()
 
 
-def test_a_folder_named_demo_is_not_the_default(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "demo").mkdir()
-    monkeypatch.chdir(folder)
-    assert find_bundle() == embedded_bundle()
-    assert find_bundle("demo") == Path("demo")  # as typed: what shells complete
-
-
 def test_what_use_refuses(run: Run, folder: Path) -> None:
     assert_one_line(run("use", "absent"), 2, "absent", "demo")
     assert_one_line(run("use", str(folder)), 2, "bundle.json")
     assert_one_line(run("use", "demo", "--reset"), 2, "not both")
     assert not (folder / "config").exists()
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"model": 7}', '{"model": ""}', "\xff", "1" * 99999]
-)
-def test_a_damaged_choice_says_how_to_mend_it(folder: Path, content: str) -> None:
-    (folder / "config").mkdir()
-    (folder / "config" / "model.json").write_text(content, encoding="latin-1")
-    with pytest.raises(BundleError, match="edge-vlm use NAME") as caught:
-        find_bundle()
-    assert str(folder / "config" / "model.json") in str(caught.value)
-    assert find_bundle("demo") == embedded_bundle()
-
-
-def test_a_choice_that_has_gone(folder: Path) -> None:
-    (folder / "config").mkdir()
-    (folder / "config" / "model.json").write_text('{"model": "gone"}')
-    with pytest.raises(BundleError, match="gone: no such model"):
-        find_bundle()
