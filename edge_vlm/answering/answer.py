@@ -34,6 +34,7 @@ class AskOptions:
     max_tiles: int | None = None  # crops besides the thumbnail; None for the model's maximum
     within: float | None = None  # seconds to the first token; limits tiles, needs a tuning
     system: str | None = None  # a system message in front of the conversation
+    loop_guard: bool = True  # end an answer that says the same over and over, unless it has a form
     # What the answer must be; at most one of them.
     schema: Any = None  # JSON Schema as plain data, or a pydantic model or other type
     choices: Sequence[str] | None = None  # one of these, with the probability of each
@@ -47,6 +48,8 @@ class AskOptions:
                 _check(name, value, kind, low, high)
         if self.system is not None and not isinstance(self.system, str):
             raise PromptError("system: must be a string")
+        if not isinstance(self.loop_guard, bool):
+            raise PromptError(f"loop_guard: must be True or False, not {self.loop_guard!r}")
         wanted = [n for n in ("schema", "choices", "regex") if getattr(self, n) is not None]
         if len(wanted) > 1:
             raise PromptError(f"{wanted[0]} and {wanted[1]}: give one of them")
@@ -72,6 +75,7 @@ class AskKeywords(TypedDict, total=False):
     max_tiles: int | None
     within: float | None
     system: str | None
+    loop_guard: bool
     schema: Any
     choices: Sequence[str] | None
     regex: str | None
@@ -132,7 +136,9 @@ class Answer:
 
     answer: str
     token_ids: tuple[int, ...]  # as generated, without the stop token
-    finish_reason: str  # "stop", "length" (max_tokens or the KV budget was reached) or "cancelled"
+    # "stop", "length" (max_tokens or the KV budget was reached), "cancelled", or "repetition" (it
+    # said the same over and over: text and ids end before the first repeat)
+    finish_reason: str
     prompt_tokens: int  # positions of the prompt, image tokens included
     cached_tokens: int  # of them, those an earlier turn left in the KV cache, or kept on disk
     restored_tokens: int  # of those, the ones that came from disk

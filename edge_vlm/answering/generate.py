@@ -18,9 +18,12 @@ from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import AskOptions, Clock
+    from edge_vlm.answering.repetition import RepetitionGuard
     from edge_vlm.bundle.manifest import Manifest
     from edge_vlm.engines import Context, Decoder, Sampler
     from edge_vlm.forms.constraint import Constraint
+
+LONG_ANSWER = 64  # tokens; shorter ones are not looked at for loops
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def generate(
         Cancelled: ``cancel`` was set.
         DecoderError: llama.cpp failed.
     """
-    text = _Text(decoder, lead, is_formed=constraint is not None)
+    text = _Text(decoder, lead, options, is_formed=constraint is not None)
     ids: list[int] = []
     finish = "length"
     seed = secrets.randbits(32) if options.seed is None else options.seed
@@ -66,9 +69,8 @@ def generate(
         temperature=options.temperature, top_p=options.top_p, min_p=options.min_p, seed=seed
     )
     with sampler_of as sampler:
-        tokens = _Tokens(context, sampler, constraint)
+        tokens = _Tokens(context, sampler, constraint, clock)
         while len(ids) < max_tokens:
-            started = time.perf_counter()
             try:
                 said = tokens.next(ids, cancel)
             except Cancelled:
@@ -76,11 +78,12 @@ def generate(
                     raise
                 finish = "cancelled"
                 break
-            clock.decode += time.perf_counter() - started
             has_ended = said[0] in stop
             if not has_ended:
                 ids += said
                 progress(Progress("decode", len(ids), max_tokens))
+                if reply := text.before_loop(ids):
+                    return reply
                 if shown := text.add(said):
                     yield shown
             if has_ended or (constraint and constraint.is_complete):
@@ -94,7 +97,10 @@ def generate(
 class _Tokens:
     """What follows in an answer, as its form and the sampler have it."""
 
-    def __init__(self, context: Context, sampler: Sampler, constraint: Constraint | None) -> None:
+    def __init__(
+        self, context: Context, sampler: Sampler, constraint: Constraint | None, clock: Clock
+    ) -> None:
+        self._clock = clock
         self._context = context
         self._sampler = sampler
         self._constraint = constraint
@@ -102,6 +108,12 @@ class _Tokens:
 
     def next(self, ids: Sequence[int], cancel: CancelToken | None) -> list[int]:
         """One token or more after ``ids``."""
+        started = time.perf_counter()
+        said = self._next(ids, cancel)
+        self._clock.decode += time.perf_counter() - started
+        return said
+
+    def _next(self, ids: Sequence[int], cancel: CancelToken | None) -> list[int]:
         # What the form leaves no choice about waits, to be decoded with what follows.
         if self._constraint and (forced := self._constraint.forced()):
             return forced
@@ -119,8 +131,11 @@ class _Tokens:
 class _Text:
     """An answer's text: as generated, and the part of it that is shown."""
 
-    def __init__(self, decoder: Decoder, lead: str, *, is_formed: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, lead: str, options: AskOptions, *, is_formed: bool
+    ) -> None:
         self.raw = ""
+        self._loops = _Loops(decoder) if options.loop_guard and not is_formed else None
         self._decoder = decoder
         self._lead = lead
         self._is_formed = is_formed
@@ -134,11 +149,39 @@ class _Text:
             return self.raw.removeprefix(self._lead)[len(before.removeprefix(self._lead)) :]
         return piece if before.strip() else piece.lstrip()
 
+    def before_loop(self, ids: Sequence[int]) -> Reply | None:
+        """The answer up to its first repeat, if it says the same over and over."""
+        return self._loops.cut(ids) if self._loops else None
+
     def end(self) -> str:
         """What the bytes of half a character come to."""
         rest = self._utf8.decode(b"", final=True)
         self.raw += rest
         return rest
+
+
+class _Loops:
+    """Looks for a loop in an answer that has got long enough for one."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._guard: RepetitionGuard | None = None
+        self._n_seen = 0
+
+    def cut(self, ids: Sequence[int]) -> Reply | None:
+        """The answer before its first repeat, if it says the same over and over."""
+        if len(ids) < LONG_ANSWER:
+            return None
+        if self._guard is None:
+            from edge_vlm.answering.repetition import RepetitionGuard
+
+            self._guard = RepetitionGuard(self._decoder.piece)
+        n_kept = self._guard.add(ids[self._n_seen :])
+        self._n_seen = len(ids)
+        if n_kept is None:
+            return None
+        said = b"".join(map(self._decoder.piece, ids[:n_kept])).decode("utf-8", "replace")
+        return Reply(said, tuple(ids[:n_kept]), "repetition", len(ids))
 
 
 def pick(

@@ -49,6 +49,11 @@ def _listen(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     ctx.ensure_object(Session).listen(value)
 
 
+def _without_loop_guard(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.params["loop_guard"] = False
+
+
 model_option = click.option(
     "--model",
     "-m",
@@ -141,6 +146,13 @@ hardware_options = together(
 answer_options = together(
     click.option("--system", metavar="TEXT", help="System message before the conversation."),
     max_tokens_option,
+    click.option(
+        "--no-loop-guard",
+        is_flag=True,
+        expose_value=False,
+        callback=_without_loop_guard,
+        help="Let an answer go on that says the same over and over.",
+    ),
     click.option(
         "--temperature",
         type=click.FloatRange(0, 100),

@@ -84,6 +84,9 @@ def command(
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
     elif not sys.stdout.closed:
         click.echo()
+        if answer.finish_reason == "repetition":
+            note = "stopped: it said the same over and over; --no-loop-guard lets it go on"
+            click.echo(note, err=True)
     if session().verbose:
         _report(answer)
 

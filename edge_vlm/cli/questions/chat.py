@@ -216,6 +216,8 @@ class _Session:
             _say("stopped; /retry answers again, /undo takes the question back")
         elif answer.finish_reason == "length":
             _say("the answer was cut: --max-tokens, or the context is full")
+        elif answer.finish_reason == "repetition":
+            _say("stopped: it said the same over and over; --no-loop-guard lets it")
         if session().verbose:
             self.stats()
 
