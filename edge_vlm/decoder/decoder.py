@@ -29,7 +29,8 @@ class LlamaDecoder:
 
     With ``in_turns``, the weights are loaded when a context is used and can be released again;
     contexts survive that. A context keeps its KV caches, of which it may have two, within
-    ``kv_budget`` bytes where it can choose.
+    ``kv_budget`` bytes where it can choose. The file's header is compared with the manifest unless
+    it ``is_checked``.
 
     Raises:
         BundleError: llama.cpp cannot load it, or it differs from the manifest.
@@ -46,11 +47,12 @@ class LlamaDecoder:
         layers_on_gpu: str | int = 0,
         in_turns: bool = False,
         logs: bool = False,
+        is_checked: bool = False,
     ) -> None:
         engines = engines or untuned(bundle.manifest.decoder.precision)
         self._settings = ContextSettings(engines, kv_type, kv_budget)
         self._closed = False
-        self._weights = Weights(bundle, engines, layers_on_gpu, in_turns)
+        self._weights = Weights(bundle, engines, layers_on_gpu, in_turns, is_checked)
         process.set_logs(logs)
         self._api = self._weights.api
         self._geometry = self._weights.geometry

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.bundle.gguf_check import check_decoder
 from edge_vlm.decoder.waiting import Patience
 from edge_vlm.errors import BundleError, DecoderError
 from edge_vlm.machine import process
@@ -139,6 +140,7 @@ class Weights:
         engines: ``repack``, ``mmap`` and ``spinning`` of them.
         layers_on_gpu: a count, auto or all.
         in_turns: load the matrices when they are asked for; they may be let go of again.
+        is_checked: the header of the file was compared with the manifest before.
 
     Raises:
         BundleError: llama.cpp cannot load it, or it differs from the manifest.
@@ -146,11 +148,18 @@ class Weights:
     """
 
     def __init__(
-        self, bundle: Bundle, engines: EngineSettings, layers_on_gpu: str | int, in_turns: bool
+        self,
+        bundle: Bundle,
+        engines: EngineSettings,
+        layers_on_gpu: str | int,
+        in_turns: bool,
+        is_checked: bool = False,
     ) -> None:
         self.path = bundle.decoder_file
         self.geometry = bundle.manifest.decoder
         self.sha256 = bundle.manifest.files[self.path.name].sha256
+        if not is_checked:
+            check_decoder(self.path, self.geometry)
         self.repack, self.mmap, self.in_turns = engines.repack, engines.mmap, in_turns
         self.waiting = load(engines.spinning)
         self.api = api()
