@@ -158,6 +158,8 @@ class Family(ABC):
     n_markers: ClassVar[int] = 0
     # Inputs of the graph besides crops, one value a crop.
     extras: ClassVar[Mapping[str, type[np.generic]]] = {}
+    # Standard operators of the graph besides those of ``bundle/onnx_files.py``.
+    operators: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def layout(self, width: int, height: int, processor: Any) -> Layout:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME, Bundle
-from edge_vlm.bundle.onnx_files import external_files
+from edge_vlm.bundle.onnx_files import check_graph
 from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
@@ -41,7 +41,8 @@ class OnnxTower:
     cache were kept, seconds and a gigabyte of memory are saved.
 
     Raises:
-        BundleError: the graph reads files outside the bundle.
+        BundleError: the graph reads files outside the bundle, or has operators that are not
+            allowed.
     """
 
     def __init__(
@@ -54,12 +55,10 @@ class OnnxTower:
         logs: bool = False,
     ) -> None:
         path = bundle.file(VISION_NAME)
-        for name in external_files(path):
-            if name not in bundle.manifest.files:
-                raise BundleError(f"{path}: reads {name!r}, which is not a file of the bundle")
         self._bundle, self._path = bundle, path
         self._processor = bundle.manifest.image_processor
         self._family = family_of(self._processor)
+        check_graph(path, bundle.manifest.files, self._family.operators)
         self._engines = engines or untuned()
         self._streams = self._engines.streams
         self._ort: Any = None

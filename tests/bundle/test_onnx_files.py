@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_vlm import EdgeVLM
 from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME
-from edge_vlm.bundle.onnx_files import external_files
+from edge_vlm.bundle.onnx_files import check_graph, external_files
 from edge_vlm.errors import BundleError
 from tests.bundle.damage import record, refused
 from tests.fake_engine import FakeDecoder
@@ -283,11 +284,147 @@ def test_a_graph_with_another_interface_and_one_that_does_not_load(folder: Path)
     path.write_bytes(model(graph()).SerializeToString())
     record(folder, VISION_NAME)
     refused_to_look(folder, f"{path}: its inputs and outputs are not those of the manifest")
-    path.write_bytes(
-        model(graph([helper.make_node("NoSuchOperator", ["x"], ["z"])])).SerializeToString()
-    )
+    path.write_bytes(model(graph([helper.make_node("Add", ["x"], ["z"])])).SerializeToString())
     record(folder, VISION_NAME)
     refused_to_look(folder, f"{path}: onnxruntime cannot load it")
     path.write_bytes(b"\x08\x01")
     record(folder, VISION_NAME)
     refused_to_look(folder, f"{path}: onnxruntime cannot load it")
+
+
+def checked(path: Path, content: bytes, *more: str) -> None:
+    path.write_bytes(content)
+    check_graph(path, {VISION_NAME}, more)
+
+
+def body() -> onnx.GraphProto:
+    """One round of a loop."""
+    values = [
+        helper.make_tensor_value_info(name, kind, [])
+        for name, kind in (("i", TensorProto.INT64), ("on", TensorProto.BOOL))
+    ]
+    out = helper.make_tensor_value_info("still", TensorProto.BOOL, [])
+    node = helper.make_node("Identity", ["on"], ["still"])
+    return helper.make_graph([node], "body", values, [out])
+
+
+def of_operator(domain: str, name: str) -> onnx.ModelProto:
+    return model(graph([helper.make_node(name, ["x"], ["z"], domain=domain)]))
+
+
+REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
+    "loop": (
+        lambda: model(graph([helper.make_node("Loop", ["n", "on"], [], body=body())])),
+        "has a loop or a branch, which no vision tower needs",
+    ),
+    "loop without a body": (
+        lambda: model(graph([helper.make_node("Loop", ["n", "on"], ["z"])])),
+        "has the operator 'Loop', which is not allowed",
+    ),
+    "branch": (
+        lambda: model(graph([helper.make_node("If", ["x"], ["z"], then_branch=body())])),
+        "has a loop or a branch",
+    ),
+    "graphs of an allowed operator": (
+        lambda: with_attribute(graphs=[graph()], type=10),
+        "has a loop or a branch",
+    ),
+    "function": (lambda: in_function(VISION_NAME), "has a function of its own"),
+    "training": (lambda: in_training(VISION_NAME), "has a training graph"),
+    "sparse": (lambda: in_sparse_initializer(VISION_NAME, "values"), "has a sparse tensor"),
+    "sparse attribute": (
+        lambda: with_attribute(sparse_tensor=sparse(VISION_NAME, "values"), type=11),
+        "has a sparse tensor",
+    ),
+    **{
+        f"{domain} {name}": (
+            partial(of_operator, domain, name),
+            f"has the operator {f'{domain}.{name}'.lstrip('.')!r}, which is not allowed",
+        )
+        for domain, name in (
+            ("", "Scan"),
+            ("", "SequenceMap"),
+            ("", "RandomNormal"),
+            ("", "MatMulNBits"),
+            ("com.microsoft", "EPContext"),
+            ("com.microsoft", "Add"),
+            ("ai.onnx.ml", "Add"),
+            ("d", "F"),
+        )
+    },
+    "a name for the terminal": (
+        partial(of_operator, "", "\x1b]0;x\x07"),
+        r"has the operator '\x1b]0;x\x07', which is not allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_exported_graph_has_is_refused(tmp_path: Path, name: str) -> None:
+    make, words = REFUSED[name]
+    path = tmp_path / VISION_NAME
+    with pytest.raises(BundleError) as caught:
+        checked(path, make().SerializeToString())
+    assert str(caught.value).startswith(f"{path}: {words}")
+    assert str(caught.value).isprintable()
+
+
+def test_a_loop_of_a_billion_is_refused_when_the_bundle_is_loaded(folder: Path) -> None:
+    (folder / VISION_NAME).write_bytes(REFUSED["loop"][0]().SerializeToString())
+    record(folder, VISION_NAME)
+    refused(folder, f"{folder / VISION_NAME}: has a loop or a branch", decoder=FakeDecoder())
+
+
+def test_a_family_may_allow_more(tmp_path: Path) -> None:
+    path = tmp_path / VISION_NAME
+    content = of_operator("", "Sin").SerializeToString()
+    with pytest.raises(BundleError, match="has the operator 'Sin', which is not allowed"):
+        checked(path, content)
+    checked(path, content, "Sin")
+    content = of_operator("d", "Sin").SerializeToString()
+    with pytest.raises(BundleError, match=r"has the operator 'd\.Sin', which is not allowed"):
+        checked(path, content, "Sin")
+
+
+def test_every_operator_that_is_written_twice_counts(tmp_path: Path) -> None:
+    """protobuf's readers take the last of two values."""
+    twice = field(7, field(1, field(4, b"Loop") + field(4, b"Add")))
+    with pytest.raises(BundleError, match="has the operator 'Loop'"):
+        checked(tmp_path / VISION_NAME, twice)
+    domains = field(7, field(1, field(4, b"Add") + field(7, b"d") + field(7, b"")))
+    with pytest.raises(BundleError, match=r"has the operator 'd\.Add'"):
+        checked(tmp_path / VISION_NAME, domains)
+
+
+LOCATION = field(1, b"location") + field(2, b"/etc/passwd")
+TAG = b"\x6a"  # field 13 of a tensor: an entry about external data
+HIDDEN = {
+    "over 2^32": b"\xea\x80\x80\x80\x10",
+    "over 2^35": b"\xea\x80\x80\x80\x80\x01",
+    "longer than needed": b"\xea\x00",
+    "as long as can be": b"\xea\x80\x80\x80\x00",
+    "longer than can be": b"\xea\x80\x80\x80\x80\x80\x80\x80\x80\x00",
+    "of field 0": b"\x02",
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_entries_behind_a_tag_that_readers_cut_are_refused(folder: Path, name: str) -> None:
+    entry = varint(len(LOCATION)) + LOCATION
+    path = folder / VISION_NAME
+    path.write_bytes(field(7, field(5, TAG + entry)))
+    assert external_files(path) == {"/etc/passwd"}
+    path.write_bytes(field(7, field(5, HIDDEN[name] + entry)))
+    record(folder, VISION_NAME)
+    refused(folder, f"{path}: is not a valid ONNX file (a ", decoder=FakeDecoder())
+
+
+@pytest.mark.parametrize(
+    "length",
+    [b"\x81\x80\x80\x80\x10", b"\x81\x80\x80\x80\x08", b"\x81\x00", b"\x80\x80\x80\x80\x08"],
+)
+def test_lengths_that_readers_cut_or_refuse_are_refused(tmp_path: Path, length: bytes) -> None:
+    path = tmp_path / VISION_NAME
+    path.write_bytes(b"\x3a" + length + bytes(1000))
+    with pytest.raises(BundleError, match=r"is not a valid ONNX file \(a number is too large or"):
+        external_files(path)
