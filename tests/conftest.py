@@ -243,15 +243,19 @@ def assert_one_line(result: subprocess.CompletedProcess[bytes], code: int, *word
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_user_cache() -> Iterator[None]:
-    """Models that several tests share are loaded without a cache on disk."""
+    """Models that several tests share are loaded without a cache on disk, and without a trial."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_VLM_CACHE", "off")
+        patch.setenv("EDGE_VLM_TRUST_BUNDLE", "1")
         yield
 
 
 @pytest.fixture(autouse=True)
 def _no_user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep tests away from the user's folders and settings."""
+    """Keep tests away from the user's folders and settings.
+
+    Bundles are trusted: what is tried in a process of its own is tests/answering/test_trial.py's.
+    """
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for variable in [name for name in os.environ if name.startswith("EDGE_VLM_")]:
@@ -261,4 +265,5 @@ def _no_user_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for variable in ("CACHE", "CONFIG", "DATA", "STATE"):
             patch.setenv(f"XDG_{variable}_HOME", str(home / variable.lower()))
         patch.setenv("EDGE_VLM_CACHE", str(home / "cache"))
+        patch.setenv("EDGE_VLM_TRUST_BUNDLE", "1")
         yield

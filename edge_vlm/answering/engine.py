@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from edge_vlm.answering.trial import try_once
 from edge_vlm.answering.turn import Engine
 from edge_vlm.bundle.checksums import verify
+from edge_vlm.bundle.manifest import DECODER_NAME, VISION_NAME
 from edge_vlm.machine.settings import MachineSettings, cpu_identity
 from edge_vlm.machine.store import open_store
 from edge_vlm.pictures.picture import TileCache
@@ -35,7 +37,7 @@ def load_engine(
     takes the place of onnxruntime, ``decoder`` that of llama.cpp.
 
     Raises:
-        BundleError: a file is damaged, or an engine refuses it.
+        BundleError: a file is damaged, or an engine refuses it or does not survive it.
         BudgetError: the memory that the settings allow is too little.
     """
     started = time.perf_counter()
@@ -45,7 +47,9 @@ def load_engine(
         settings, engines_for(bundle.manifest, settings, tuning), ModelSizes.of(bundle.manifest)
     )
     in_turns = settings.residency == "in-turns"
-    decoder = decoder or _llama(bundle, settings, engines, in_turns)
+    parts = [name for name, given in ((DECODER_NAME, decoder), (VISION_NAME, vision)) if not given]
+    is_tried = try_once(bundle, settings, engines, parts)
+    decoder = decoder or _llama(bundle, settings, engines, in_turns, is_tried)
     vision = vision or _onnxruntime(bundle, settings, engines, decoder.release)
     store = open_store(settings)
     tile_identity = {**vision.identity, "cpu": cpu_identity()}
@@ -67,7 +71,11 @@ def load_engine(
 
 
 def _llama(
-    bundle: Bundle, settings: MachineSettings, engines: EngineSettings, in_turns: bool
+    bundle: Bundle,
+    settings: MachineSettings,
+    engines: EngineSettings,
+    in_turns: bool,
+    is_tried: bool,
 ) -> Decoder:
     from edge_vlm.decoder.decoder import LlamaDecoder
 
@@ -79,6 +87,7 @@ def _llama(
         layers_on_gpu=settings.gpu_layers,
         in_turns=in_turns,
         logs=settings.engine_logs,
+        is_checked=is_tried,
     )
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from importlib import import_module
 from operator import attrgetter
@@ -33,10 +34,23 @@ _START = (
 _Child = TypeVar("_Child", bound="Child")
 
 
-class Child:
-    """The process, seen from its parent; ``with`` ends it."""
+class Ended(EdgeVLMError):  # noqa: N818 - named for the event
+    """The process ended without an answer, or had none in time (``is_late``); ``how`` in words."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: str, how: str, *, is_late: bool = False) -> None:
+        super().__init__(f"{task}: its process {how}")
+        self.how = how
+        self.is_late = is_late
+
+
+class Child:
+    """The process, seen from its parent; ``with`` ends it.
+
+    Each call may take ``limit`` seconds.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self._limit = limit
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.process = subprocess.Popen(  # noqa: S603 - this interpreter and this package
@@ -68,8 +82,10 @@ class Child:
             arguments: of the function, as far as JSON can hold them.
 
         Raises:
-            EdgeVLMError: the function raised one, or the process ended without an answer.
+            EdgeVLMError: the function raised one.
+            Ended: the process ended without an answer, or the time was up.
         """
+        started = time.monotonic()
         request = {"task": task, "arguments": arguments, "progress": progress is not None}
         with contextlib.suppress(OSError):  # it is gone: its end says more
             stdin: Any = self.process.stdin
@@ -79,9 +95,12 @@ class Child:
             try:
                 line = self._lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
+                if self._limit is not None and time.monotonic() - started > self._limit:
+                    how = f"was not done within {self._limit:.0f} seconds"
+                    raise Ended(task, how, is_late=True) from None
                 continue
             if not line:
-                raise EdgeVLMError(f"{task}: {self._end()}")
+                raise Ended(task, self._end())
             message: dict[str, Any] = json.loads(line)
             if "error" in message:
                 raise EdgeVLMError(message["error"])
@@ -101,7 +120,8 @@ class Child:
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-        return f"its process ended with code {code}: {last[:300]}"
+        last = "".join(c if c.isprintable() else "?" for c in last[:300])
+        return f"ended with code {code}: {last}"
 
 
 def call_apart(task: str, progress: Told | None = None, /, **arguments: Any) -> Any:

@@ -70,6 +70,7 @@ class MachineSettings:
     cache: str | os.PathLike[str] | None = field(default_factory=pictures_cache)  # None: no disk
     cache_size: int = CACHE_SIZE  # bytes on disk
     tile_memory: int = 128 << 20  # bytes of tiles' embeddings to hold in memory
+    trust_bundle: bool = False  # load a bundle without trying it in a process of its own
     engine_logs: bool = False  # let llama.cpp and onnxruntime write to stderr
 
     def __post_init__(self) -> None:
@@ -185,7 +186,7 @@ def _whole_number(text: str) -> int:
 # How the variable of each setting is read.
 _READERS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys((*WHOLE_NUMBERS, "max_tiles"), _whole_number),
-    **dict.fromkeys(("repack", "mmap", "spinning", "engine_logs"), _switch),
+    **dict.fromkeys(("repack", "mmap", "spinning", "trust_bundle", "engine_logs"), _switch),
     **dict.fromkeys(("flash_attention", "residency", "kv_type", "provider"), str.lower),
     **dict.fromkeys(("kv_budget", "ram", "max_pixels", "cache_size"), parse_size),
     "gpu_layers": parse_gpu_layers,

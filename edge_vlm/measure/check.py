@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_vlm.answering.trial import try_once
 from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import DecoderError, VisionError
 from edge_vlm.families.base import family_of
@@ -25,7 +26,8 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     """Encode a drawn picture and compute the scores of the next token.
 
     Raises:
-        BundleError: an engine refuses a file, or it differs from the manifest.
+        BundleError: an engine refuses a file or does not survive it, or it differs from the
+            manifest.
         VisionError: the embeddings are not finite, or the same for different crops.
         DecoderError: the scores are not finite, or all the same.
     """
@@ -35,6 +37,7 @@ def check_sanity(bundle: Bundle, settings: MachineSettings) -> None:
     family = family_of(processor)
     tiles = family.cut(picture.astype(np.uint8), processor)
     engines = engines_for(bundle.manifest, settings)
+    try_once(bundle, settings, engines)
     tower = OnnxTower(bundle, engines)
     embeddings = tower.encode(tiles)
     if not np.isfinite(embeddings).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from edge_vlm.bundle.manifest import (
@@ -89,6 +90,7 @@ def export_checkpoint(
             problems = " and ".join(report.failures)
             raise EdgeVLMError(f"{problems}; nothing was written (--allow-loss keeps it)")
         export.finish(folder, report, files, progress)
+    _remember(out)
     return out
 
 
@@ -155,6 +157,17 @@ class _Export:
         verified = Counted("verify", n_written, progress)
         verify_bundle(folder)
         verified(n_written)
+
+
+def _remember(out: Path) -> None:
+    """What was made here need not be tried before it is loaded."""
+    from edge_vlm.answering.trial import remember
+    from edge_vlm.machine.settings import MachineSettings
+    from edge_vlm.planning.tuning import engines_for
+
+    with suppress(EdgeVLMError):  # the environment's settings may be no good
+        bundle, settings = Bundle.open(out), MachineSettings.from_environment()
+        remember(bundle, settings, engines_for(bundle.manifest, settings))
 
 
 def estimated_bytes(folder: Path, vision: str, decoder: str) -> int:
