@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_vlm.answering.trial import try_once
 from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import InputError
@@ -78,7 +79,10 @@ def bench(
     if tokens < 2:
         raise InputError("tokens: two at least are needed to measure their rate")
     for variant in variants:
-        verify(Bundle.open(variant.model))  # hashed once, outside of what is measured
+        bundle = Bundle.open(variant.model)  # hashed and tried once, outside of what is measured
+        verify(bundle)
+        tuning = load_tuning(bundle.manifest)
+        try_once(bundle, variant.settings, engines_for(bundle.manifest, variant.settings, tuning))
     found: dict[str, list[list[dict[str, Any]]]] = {v.name: [[] for _ in sizes] for v in variants}
     report_done = progress or (lambda _done, _total: None)
     rounds = list(product(range(len(sizes)), range(runs), variants))
@@ -109,7 +113,7 @@ def _run(
         return worker.measure(
             "answer",
             model=str(variant.model),
-            settings=asdict(variant.settings) | {"cache": None},
+            settings=asdict(variant.settings) | {"cache": None, "trust_bundle": True},
             size=size,
             tokens=tokens,
             max_tiles=max_tiles,

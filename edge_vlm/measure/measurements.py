@@ -135,8 +135,8 @@ class Measurements:
 
     def load(self, *, model: str, engines: dict[str, Any]) -> dict[str, float]:
         """Seconds from the start of the process to a loaded model, vision tower included."""
-        settings = MachineSettings(**engines, residency="together").without_cache()
-        with EdgeVLM.load(model, settings=settings) as vlm:
+        settings = MachineSettings(**engines, residency="together", trust_bundle=True)
+        with EdgeVLM.load(model, settings=settings.without_cache()) as vlm:
             vlm.engine.vision.load()
             return {"load": time.time() - psutil.Process().create_time()}
 

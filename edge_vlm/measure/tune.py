@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from edge_vlm.answering.trial import try_once
 from edge_vlm.bundle.checksums import verify
 from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.machine.engine_settings import EngineSettings
@@ -65,6 +66,7 @@ def tune(
     settings = settings or MachineSettings.from_environment()
     bundle = Bundle.open(model)
     verify(bundle)
+    try_once(bundle, settings, engines_for(bundle.manifest, settings))
     with ExitStack() as stack:
         return _Search(bundle, settings, stack, progress).run()
 
