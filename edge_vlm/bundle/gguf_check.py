@@ -94,9 +94,9 @@ class _Entries:
             raise ValueError(f"{key} is of another type than expected")
         return value.content
 
-    def text(self, key: str) -> str:
-        """A text that has to be there."""
-        return bytes(self.get(key, (TEXT,), _MISSING)).decode("utf-8", "replace")
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        """A text."""
+        return bytes(self.get(key, (TEXT,), default)).decode("utf-8", "replace")
 
     def whole(self, key: str, default: Any = _MISSING) -> int:
         """A whole number."""
@@ -115,14 +115,15 @@ class _Entries:
 
 
 def _check_sizes(entries: _Entries, architecture: str, decoder: Decoder, n_ids: int) -> None:
-    """Compare all of them; those that a default serves may be missing."""
+    """Compare all of them; where llama.cpp has a default, a key may be missing."""
+    equal_parts = decoder.hidden_size // decoder.n_heads
     for name, key, expected, default in (
         ("hidden_size", "embedding_length", decoder.hidden_size, _MISSING),
         ("n_layers", "block_count", decoder.n_layers, _MISSING),
         ("n_heads", "attention.head_count", decoder.n_heads, _MISSING),
         ("n_kv_heads", "attention.head_count_kv", decoder.n_kv_heads, _MISSING),
-        ("head_dim", "attention.key_length", decoder.head_dim, _MISSING),
-        ("head_dim", "attention.value_length", decoder.head_dim, _MISSING),
+        ("head_dim", "attention.key_length", decoder.head_dim, equal_parts),
+        ("head_dim", "attention.value_length", decoder.head_dim, equal_parts),
         ("head_dim", "rope.dimension_count", decoder.head_dim, decoder.head_dim),
         ("ffn_size", "feed_forward_length", decoder.ffn_size, _MISSING),
         ("max_sequence_length", "context_length", decoder.max_sequence_length, _MISSING),
@@ -145,8 +146,8 @@ def _check_sizes(entries: _Entries, architecture: str, decoder: Decoder, n_ids: 
 def _check_numbers(entries: _Entries, architecture: str) -> None:
     epsilon = f"{architecture}.attention.layer_norm_rms_epsilon"
     base = f"{architecture}.rope.freq_base"
-    for key, low, high in ((epsilon, 1e-30, 0.1), (base, 1.0, 1e12)):
-        value = entries.number(key)
+    for key, low, high, default in ((epsilon, 1e-30, 0.1, _MISSING), (base, 1.0, 1e12, 10_000.0)):
+        value = entries.number(key, default)
         if not low <= value <= high:
             raise ValueError(f"{key} is {value:g}, expected one from {low:g} to {high:g}")
     for key, entry in entries.values.items():
@@ -179,7 +180,7 @@ def _check_vocabulary(entries: _Entries, n_ids: int) -> None:
     for key in entries.values:
         if key.startswith("tokenizer.ggml.add_"):
             entries.get(key, (BOOL,), False)
-    entries.text("tokenizer.chat_template")
+    entries.text("tokenizer.chat_template", b"")
 
 
 def _check_texts(key: str, texts: list[bytes]) -> None:

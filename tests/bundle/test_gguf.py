@@ -161,7 +161,7 @@ ENTRIES: dict[str, tuple[Change, str]] = {
         lambda entries: entries.update({"tokenizer.ggml.model": Value(TEXT, False, b"t5\x1b[m")}),
         "tokenizer.ggml.model is 't5\\x1b[m', none of those",
     ),
-    "no template": (without("tokenizer.chat_template"), "lacks tokenizer.chat_template"),
+    "template": (number("tokenizer.chat_template", 1), "tokenizer.chat_template is of another"),
     "architecture": (
         lambda entries: entries.update({"general.architecture": Value(TEXT, False, b"\x1b]8;;x")}),
         "general.architecture is '\\x1b]8;;x'",
@@ -277,6 +277,17 @@ def test_sizes_that_manifest_and_file_agree_on_and_llama_cpp_does_not(tmp_path: 
             entries[f"qwen3.{key}"] = Value(UINT32, False, 63)
 
     assert "has head_dim 63, which is odd" in refusal(path, changed(good(), odd), head_dim=63)
+
+
+def test_what_llama_cpp_has_a_default_for_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / DECODER_NAME
+    without_lengths = changed(good(), without("qwen3.attention.key_length"))
+    path.write_bytes(without_lengths)
+    check_decoder(path, demo().manifest.decoder)
+    assert "has head_dim 64" in refusal(path, without_lengths, head_dim=32)
+    for key in ("qwen3.rope.dimension_count", "qwen3.rope.freq_base", "qwen3.vocab_size"):
+        path.write_bytes(changed(good(), without(key)))
+        check_decoder(path, demo().manifest.decoder)
 
 
 def test_what_is_written_anew_is_the_same() -> None:
