@@ -18,10 +18,10 @@ from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import AskOptions, Clock
-    from edge_vlm.answering.repetition import RepetitionGuard
     from edge_vlm.bundle.manifest import Manifest
     from edge_vlm.engines import Context, Decoder, Sampler
     from edge_vlm.forms.constraint import Constraint
+    from edge_vlm.forms.repetition import RepetitionGuard
 
 LONG_ANSWER = 64  # tokens; shorter ones are not looked at for loops
 
@@ -173,7 +173,7 @@ class _Loops:
         if len(ids) < LONG_ANSWER:
             return None
         if self._guard is None:
-            from edge_vlm.answering.repetition import RepetitionGuard
+            from edge_vlm.forms.repetition import RepetitionGuard
 
             self._guard = RepetitionGuard(self._decoder.piece)
         n_kept = self._guard.add(ids[self._n_seen :])

@@ -1,1 +1,1 @@
-"""Shapes that an answer may have."""
+"""Shapes that an answer may have, and the one that ends it: a loop."""

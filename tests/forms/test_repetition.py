@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from edge_vlm.answering.repetition import (
+from edge_vlm.forms.repetition import (
     MAX_PERIOD,
     MAX_TIMES,
     MIN_BYTES,
@@ -25,7 +25,7 @@ from edge_vlm.answering.repetition import (
     RepetitionGuard,
     times_enough,
 )
-from tests.answering.repetitive_texts import LONG, NUMBERED, legitimate, loops, numbered
+from tests.forms.repetitive_texts import LONG, NUMBERED, legitimate, loops, numbered
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "demo" / "checkpoint" / "tokenizer.json"
 LEGITIMATE = legitimate()
