@@ -41,11 +41,12 @@ class Constraint:
         self._vocabulary = vocabulary
         self._hints = form.hints
         self._tokens = vocabulary.matcher(form.rule, lead)
-        self._bytes = byte_matcher(form.rule, lead)
+        self._lead = lead.encode()  # what is left of it; it is not in ``_bytes``
+        self._bytes = byte_matcher(form.rule)
         self._n_left = limit
         self.was_cut = False  # whether the limit decided anything
         self._ending: bytes | None = None
-        self._ending = self._find(self._bytes, limit)
+        self._ending = self._find(self._bytes, limit, self._lead)
         # Without one the limit cuts the answer where it is.
         self._is_reserved = self._ending is not None
         if not self._is_reserved and (
@@ -92,28 +93,29 @@ class Constraint:
         n_left = self._n_left - len(ids)
         if self._is_reserved:
             text = self._vocabulary.text(ids)
+            lead, text = self._lead[len(text) :], text[len(self._lead) :]
             state = self._bytes.deep_copy()
             if not state.consume_tokens([*text]):
                 return False
-            ending = self._find(state, n_left, text)
+            ending = self._find(state, n_left, lead, text)
             if ending is None:
                 return False
-            self._bytes, self._ending = state, ending
+            self._bytes, self._ending, self._lead = state, ending, lead
         if not self._tokens.consume_tokens([*ids]):
             raise PromptError(f"the form of the answer is too complex ({reason(self._tokens)})")
         self._n_left = n_left
         return True
 
-    def _find(self, state: LLMatcher, n_left: int, text: bytes = b"") -> bytes | None:
-        """An ending of at most ``n_left`` tokens; ``text`` was said since one was known."""
+    def _find(self, state: LLMatcher, n_left: int, lead: bytes, text: bytes = b"") -> bytes | None:
+        """An ending of ``n_left`` tokens with ``lead``; ``text`` was said since one was known."""
         known = self._ending
         if known is not None:
             start = len(text) if known.startswith(text) else 0
             for skip in range(start, min(len(known), start + _SUFFIXES) + 1):
-                if ends(state, known[skip:]) and self._fits(known[skip:], n_left):
+                if ends(state, known[skip:]) and self._fits(lead + known[skip:], n_left):
                     return known[skip:]
         found = endings(state, min(16 * n_left + 64, MAX_ENDING_BYTES), self._hints)
-        return next((ending for ending in found if self._fits(ending, n_left)), None)
+        return next((ending for ending in found if self._fits(lead + ending, n_left)), None)
 
     def _fits(self, ending: bytes, n_left: int) -> bool:
         return len(ending) <= n_left or len(self._vocabulary.spell(ending)) <= n_left
@@ -121,10 +123,10 @@ class Constraint:
     def _end(self) -> list[int]:
         """Take the known ending; a stop if that is nothing."""
         self.was_cut = True
-        ending = self._ending or b""
+        ending = self._lead + (self._ending or b"")
         ids = self._vocabulary.spell(ending)
         if len(ids) > self._n_left:
             ids = self._vocabulary.spell_bytes(ending)
         self._tokens.consume_tokens(ids)
-        self._ending, self._n_left = b"", self._n_left - len(ids)
+        self._ending, self._lead, self._n_left = b"", b"", self._n_left - len(ids)
         return ids or [self._vocabulary.stop[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from decimal import Decimal
 from typing import Any
@@ -34,12 +35,17 @@ def narrow(schema: dict[str, Any], is_combined: bool) -> None:
         if isinstance(value, dict | list):
             todo += value.values() if isinstance(value, dict) else value
         elif isinstance(value, int | float) and not _is_exact(value):
-            raise PromptError(f"schema: {value} has more digits than a number of 64 bits")
+            raise PromptError(f"schema: {short(value)} has more digits than a number of 64 bits")
     types = schema.get("type")
     types = types if isinstance(types, list) else [types]
     if not {"number", "integer"} & {*map(str, types)} or schema.keys() & {"const", "enum"}:
         return
     low, high, over, under = bounds
+    for bound in (low, over, -high, -under):
+        if bound > _LARGEST:
+            raise PromptError(
+                f"schema: {short(abs(bound))} is beyond the 15 digits that numbers have"
+            )
     low, high = max(-_LARGEST, low), min(_LARGEST, high)
     # An open bound that is whole would be taken for a closed one where the other is near.
     if "number" in types and over >= 0 and over % 1 == 0 and min(high, under) < over + 1:
@@ -53,6 +59,14 @@ def narrow(schema: dict[str, Any], is_combined: bool) -> None:
     # Of near bounds, not all multiples between them would be found.
     if "number" in types and not is_combined and high - low > 1:
         schema.setdefault("multipleOf", _TINY)
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in an error."""
+    text = json.dumps(value, default=repr)
+    if len(text) > 40 and isinstance(value, int):
+        return f"a number of {len(text.lstrip('-'))} digits"
+    return text if len(text) <= 40 else f"{text[:30]}..."
 
 
 def _is_exact(number: float) -> bool:

@@ -8,21 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from edge_vlm.errors import DecoderError, PromptError
-from edge_vlm.forms.numbers import narrow
-from edge_vlm.forms.vocabulary import byte_matcher
+from edge_vlm.forms.ending import in_order
+from edge_vlm.forms.formats import generator
+from edge_vlm.forms.schema import contradiction, literals, place_of, prepare
+from edge_vlm.forms.vocabulary import NOTHING, byte_matcher, reason
 
 MAX_SCHEMA_BYTES = 1 << 20
-_MAX_NESTING = 50
-_MAX_SUBSCHEMAS = 2000  # llguidance's time grows with their square
-_MAX_VALUES = 10_000  # of one enum; likewise
-_MAX_PATTERNS = 8  # beside allOf, which may ask for an automaton that meets all of them
-_MAX_MULTIPLE = 10_000  # its automaton has as many states
 _MAX_REGEX = 5000  # characters
 # Compact JSON, with a space after a comma or colon if the model likes.
 _STYLE = {
@@ -32,10 +30,6 @@ _STYLE = {
     "coerce_one_of": True,
     "lenient": False,
 }
-_COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
-_OPEN = {"additionalProperties", "patternProperties"}
-_DATA = {"enum", "const", "default", "examples"}  # no schemas in there
-_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # a schema for each name
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def _typed_form(wanted: Any) -> Form:
 
     try:
         adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(wanted)
-        schema = adapter.json_schema()
+        schema = adapter.json_schema(schema_generator=generator())
     except pydantic.errors.PydanticUserError as error:
         line = str(error).splitlines()[0]
         raise PromptError(f"schema: pydantic finds no JSON Schema for it ({line})") from error
@@ -114,7 +108,10 @@ def _finite(text: str) -> float:
 
 def _canonical(schema: Any) -> str:
     try:
+        json.dumps(schema, ensure_ascii=False).encode()
         text = json.dumps(schema, allow_nan=False)
+    except UnicodeEncodeError as error:
+        raise PromptError("schema: holds half a character (a lone surrogate)") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"schema: is not JSON ({error})") from error
     if len(text) > MAX_SCHEMA_BYTES:
@@ -127,102 +124,60 @@ def _of_schema(text: str) -> tuple[str, tuple[bytes, ...]]:
     schema = json.loads(text)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    hints = _prepare(schema)
-    return _checked("schema", f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}", hints)
+    hints = prepare(schema)
+    try:
+        return _checked(_rule(schema), hints)
+    except PromptError as error:
+        words = str(error)
+        is_whole = "too big" in words or "too complex" in words
+        where, part = ("#", schema) if is_whole else place_of(schema, _fault)
+        if words == NOTHING and (why := contradiction(part)):
+            words = f"{words}: {why}"
+        raise PromptError(f"schema: {words if where == '#' else f'{where}: {words}'}") from error
+
+
+def _rule(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _STYLE})}"
+
+
+def _fault(schema: dict[str, Any]) -> str | None:
+    try:
+        _checked(_rule(schema), ())
+    except PromptError as error:
+        return str(error)
+    return None
 
 
 @lru_cache(maxsize=8)
 def _of_regex(pattern: str) -> tuple[str, tuple[bytes, ...]]:
     if len(pattern) > _MAX_REGEX:
         raise PromptError(f"regex: has more than {_MAX_REGEX} characters")
+    if count := re.search(r"\{(?:\d*,)?(\d{10,})", pattern):
+        raise PromptError(f"regex: a count of {len(count[1])} digits is too large")
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets that another syntax would read differently
+            re.compile(pattern)
         pattern.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError("regex: holds half a character (a lone surrogate)") from error
     except (re.error, ValueError, RecursionError, OverflowError) as error:
         raise PromptError(f"regex: is not a valid regular expression ({error})") from error
     rust = pattern[:-1] + "z" if re.search(r"(?<!\\)(\\\\)*\\Z$", pattern) else pattern
     quoted = re.sub(r"(?s)\\/|(\\.)|/", lambda found: found[1] or r"\/", rust)
-    return _checked("regex", f"/{quoted}/" if rust else '""', _literals(pattern))
-
-
-def _checked(what: str, rule: str, hints: tuple[bytes, ...]) -> tuple[str, tuple[bytes, ...]]:
-    """The same, if llguidance takes it and something is valid under it."""
     try:
-        matcher = byte_matcher(rule, "")
+        return _checked(f"/{quoted}/" if rust else '""', literals(pattern))
     except PromptError as error:
-        raise PromptError(f"{what}: {error}") from error
-    if not matcher.is_accepting() and not any(matcher.compute_bitmask()[:32]):
-        raise PromptError(f"{what}: nothing is valid under it")
+        raise PromptError(f"regex: {error}") from error
+
+
+def _checked(rule: str, hints: tuple[bytes, ...]) -> tuple[str, tuple[bytes, ...]]:
+    """The same, if llguidance takes it and something is valid under it."""
+    matcher = byte_matcher(rule)
+    first = next(iter(in_order(matcher.compute_bitmask()[:32])), None)
+    if first is None and not matcher.is_accepting():
+        raise PromptError(NOTHING)
+    # What it is forced to say may be millions of bytes, and too much; only now it says so.
+    if first is not None and not matcher.consume_token(first):
+        raise PromptError(f"is too complex ({reason(matcher)})")
     return rule, hints
-
-
-def _literals(pattern: str) -> tuple[bytes, ...]:
-    found = re.findall(r"[^\\^$.|?*+()\[\]{}\s]{2,}", pattern)
-    return tuple(text.encode() for text in found[:_MAX_PATTERNS])
-
-
-def _prepare(schema: dict[str, Any]) -> tuple[bytes, ...]:
-    """Check a schema's size, and close the objects that list their properties.
-
-    Returns:
-        Literal parts of its patterns.
-    """
-    parts = list(_subschemas(schema, False, 0))
-    patterns = [part["pattern"] for part, _ in parts if isinstance(part.get("pattern"), str)]
-    if len(patterns) > _MAX_PATTERNS and any("allOf" in part for part, _ in parts):
-        raise PromptError(f"schema: has more than {_MAX_PATTERNS} patterns and allOf beside them")
-    # What is combined with others has to stay open for the others' properties.
-    combined = {
-        part["$ref"]
-        for part, is_combined in parts
-        if isinstance(part.get("$ref"), str)
-        and (is_combined or len(part.keys() & {*_COMBINING, *_OPEN, "properties", "required"}) > 1)
-    }
-    open_ids = {
-        id(value)
-        for key in ("$defs", "definitions")
-        if isinstance(schema.get(key), dict)
-        for name, value in schema[key].items()
-        if f"#/{key}/{name}" in combined
-    }
-    for part, is_combined in parts:
-        multiple = part.get("multipleOf")
-        if isinstance(multiple, int | float) and multiple > _MAX_MULTIPLE:
-            raise PromptError(f"schema: multipleOf {multiple} is more than {_MAX_MULTIPLE}")
-        if isinstance(part.get("enum"), list) and len(part["enum"]) > _MAX_VALUES:
-            raise PromptError(f"schema: an enum has more than {_MAX_VALUES} values")
-        narrow(part, is_combined or id(part) in open_ids)
-        names, required = part.get("properties"), part.get("required", [])
-        is_plain = isinstance(names, dict) and not part.keys() & (_COMBINING | _OPEN)
-        if is_plain and not is_combined and id(part) not in open_ids and "#" not in combined:
-            part["additionalProperties"] = False
-            for name in required if isinstance(required, list) else ():
-                part["properties"].setdefault(name, {})
-    return tuple(hint for pattern in patterns[:_MAX_PATTERNS] for hint in _literals(pattern))
-
-
-def _subschemas(
-    value: Any, is_combined: bool, depth: int, found: list[int] | None = None
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Each schema in a schema, and whether others beside it restrict the same value."""
-    found = [0] if found is None else found
-    if depth > _MAX_NESTING:
-        raise PromptError(f"schema: is nested more than {_MAX_NESTING} deep")
-    if isinstance(value, list):
-        for entry in value:
-            yield from _subschemas(entry, is_combined, depth, found)
-    if not isinstance(value, dict):
-        return
-    found[0] += 1
-    if found[0] > _MAX_SUBSCHEMAS:
-        raise PromptError(f"schema: has more than {_MAX_SUBSCHEMAS} parts")
-    yield value, is_combined
-    has_names = bool(value.keys() & {"properties", "required"})
-    for key, inner in value.items():
-        if key in _NAMED and isinstance(inner, dict):
-            yield from _subschemas(list(inner.values()), False, depth + 1, found)
-        elif key in ("allOf", "anyOf", "oneOf"):
-            both = is_combined or key == "allOf" or has_names
-            yield from _subschemas(inner, both, depth + 1, found)
-        elif key not in _DATA:
-            yield from _subschemas(inner, False, depth + 1, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, lru_cache
 
@@ -15,11 +16,13 @@ from edge_vlm.errors import DecoderError, PromptError
 Mask = npt.NDArray[np.bool_]
 # As llguidance's own, but for objects of thousands of properties, and memory: a state of its lexer
 # takes 1 or 2 kB.
+NOTHING = "nothing is valid under it"
 _LIMITS = LLParserLimits(
     max_items_in_row=20_000,
     step_max_items=200_000,
     max_lexer_states=50_000,
     verbose_errors=False,
+    initial_lexer_fuel=600_000,  # twice half a second
 )
 
 
@@ -29,22 +32,21 @@ def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def byte_matcher(rule: str, lead: str) -> LLMatcher:
-    """What says which byte may come next in a text that is ``lead`` and a match of ``rule``.
+def byte_matcher(rule: str) -> LLMatcher:
+    """What says which byte may come next in a match of ``rule``.
 
     Args:
         rule: the right side of a rule in llguidance's Lark grammars.
-        lead: plain text.
 
     Raises:
         PromptError: it is not valid, not supported or too large.
     """
-    return _of_bytes(rule, lead).deep_copy()
+    return _of_bytes(rule).deep_copy()
 
 
 @lru_cache(maxsize=8)
-def _of_bytes(rule: str, lead: str) -> LLMatcher:
-    return _compiled(byte_tokenizer(), rule, lead)
+def _of_bytes(rule: str) -> LLMatcher:
+    return _compiled(byte_tokenizer(), rule, "")
 
 
 def _compiled(tokenizer: LLTokenizer, rule: str, lead: str) -> LLMatcher:
@@ -61,7 +63,10 @@ def reason(matcher: LLMatcher) -> str:
     line = next((line for line in lines if line.startswith("error: ")), lines[0])
     for start in ("failed to compile JSON schema: ", " (in regex): ", "error: "):
         line = line.rpartition(start)[2]
-    return line.replace("Unsatisfiable schema", "nothing is valid under it")[:200]
+    if line.startswith("Unsatisfiable schema"):
+        return NOTHING
+    line = re.sub(r"\d{40,}", lambda found: f"(a number of {len(found[0])} digits)", line)
+    return line[:200]
 
 
 class Vocabulary:
@@ -88,7 +93,7 @@ class Vocabulary:
         self._tokenizer = LLTokenizer(TokenizerWrapper(self._model), eos_token=[*stop], slices=[])
 
     def matcher(self, rule: str, lead: str) -> LLMatcher:
-        """What says which token may come next; see ``byte_matcher``."""
+        """What says which token may come next in ``lead`` and a match of ``rule``."""
         return _compiled(self._tokenizer, rule, lead)
 
     def allowed(self, matcher: LLMatcher) -> Mask:
