@@ -1,13 +1,13 @@
 """A checkpoint's text and JSON files, and its settings as pydantic models.
 
 A checkpoint is data of unknown origin: sizes are limited before anything is parsed. A model lists
-the keys that the exporter knows, with the defaults of absent ones; keys that it does not name, such
-as those for training, change nothing. A value that changes the computation in a way that is not
-supported is none of its field's.
+the keys that the exporter knows, with the defaults of absent ones; for others see ``known_keys``.
+A value that changes the computation in a way that is not supported is none of its field's.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,10 +33,42 @@ from edge_vlm.bundle.json_text import (
 )
 from edge_vlm.errors import CheckpointError
 
+ADAPTER = "adapter_config.json"  # of a folder that PEFT wrote
 MAX_JSON_BYTES = 4 << 20
 MAX_VOCABULARY = 1 << 24
-MAX_TEMPLATE_BYTES = 1 << 20
 
+_ERROR_KEYS = frozenset(
+    [
+        "code",
+        "detail",
+        "details",
+        "documentation_url",
+        "error",
+        "error_description",
+        "errors",
+        "message",
+        "path",
+        "status",
+        "statusCode",
+        "success",
+        "timestamp",
+    ]
+)
+_STAND_INS = (
+    (
+        rb"version https://git-lfs",
+        "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder",
+    ),
+    (
+        rb"\s*<(!doctype|html|head|\?xml)",
+        "is a web page, as a proxy or a login answers, not the file: download it again",
+    ),
+    (
+        rb"\0{64}",
+        "begins with zeros: its download or copy was not finished; download it again",
+    ),
+)
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp")
 _HUB_NAME = re.compile(r"[^\W_][\w.-]*/[^\W_][\w.-]*")
 
 On = Literal[True]
@@ -45,7 +77,6 @@ Size = Annotated[int, Field(ge=1, le=1 << 20)]
 Layers = Annotated[int, Field(ge=1, le=1 << 10)]
 TokenId = Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
-Theta = Annotated[float, Field(gt=0, le=1e12)]
 Pair = Annotated[tuple[Size, Size], Strict(False)]  # an array is no tuple to strict validation
 StopIds = Annotated[
     list[TokenId],
@@ -72,9 +103,12 @@ class Part(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
+    def _prepared(cls, data: Any) -> Any:
+        return cls.prepared(data) if isinstance(data, dict) else data
+
+    @classmethod
+    def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The object without what is as if it were absent."""
         on = {name for name, field in cls.model_fields.items() if field.default is True}
         return {key: value for key, value in data.items() if value is not None or key in on}
 
@@ -87,7 +121,7 @@ def agree(part: BaseModel, key: str, expected: Any, because: str) -> None:
     value: Any = part
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else getattr(value, name)
-    if value is not None and not _same(value, expected):
+    if value is not None and not same(value, expected):
         raise wrong(key, value, f"which contradicts {because}: {shorten(expected)}")
 
 
@@ -97,13 +131,13 @@ def check_same(path: Path, key: str, value: Any, used: Any, because: str) -> Non
     Raises:
         CheckpointError: it does.
     """
-    if value is not None and not _same(value, used):
+    if value is not None and not same(value, used):
         raise CheckpointError(
             f"{path}: {key} is {shorten(value)}, which contradicts {because}: {shorten(used)}"
         )
 
 
-def _same(value: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
     """JSON equality: 1 and 1.0 are the same number, true is not 1."""
     if isinstance(value, bool) or isinstance(other, bool):
         return value is other
@@ -114,9 +148,37 @@ def read_text(path: Path, max_bytes: int) -> str:
     """The UTF-8 text of a file of at most ``max_bytes``.
 
     Raises:
-        CheckpointError: missing, unreadable, too large or not UTF-8.
+        CheckpointError: missing, unreadable, too large, not UTF-8 or not the file itself.
     """
-    return decode(read_bounded(path, max_bytes, CheckpointError), path, CheckpointError)
+    if not path.exists():
+        raise CheckpointError(f"{path}: {missing(path)}")
+    raw = read_bounded(path, max_bytes, CheckpointError)
+    check_is_itself(path, raw)
+    return decode(raw, path, CheckpointError)
+
+
+def check_is_itself(path: Path, head: bytes) -> None:
+    """Look at a file's first bytes.
+
+    Raises:
+        CheckpointError: something else lies in its place.
+    """
+    for pattern, problem in _STAND_INS:
+        if re.match(pattern, head.removeprefix(b"\xef\xbb\xbf"), re.IGNORECASE):
+            raise CheckpointError(f"{path}: {problem}")
+
+
+def missing(path: Path) -> str:
+    """What is to be said of a file that is not there."""
+    if path.is_symlink():
+        return f"is missing: it is a link to {path.readlink()}, which is not there"
+    begun = [path.name + suffix for suffix in _UNFINISHED]
+    begun = [name for name in begun if (path.parent / name).exists()]
+    begun += sorted(
+        file.relative_to(path.parent).as_posix()
+        for file in path.parent.glob(".cache/huggingface/download/*.incomplete")
+    )
+    return f"is missing: {begun[0]} is a download that was not finished" if begun else "is missing"
 
 
 def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -137,22 +199,32 @@ def parse_object(text: str, path: Path) -> dict[str, Any]:
     data = parse_json(text, path, CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: is {kind(data)}, expected a JSON object")
+    if data and _ERROR_KEYS.issuperset(data):
+        raise CheckpointError(
+            f"{path}: is a server's error message, not the file: {shorten(data)}; download it again"
+        )
     return data
 
 
-def read_part(model: type[_Model], path: Path, max_bytes: int = MAX_JSON_BYTES) -> _Model:
-    """Read a settings file.
+def read_part(
+    model: type[_Model], path: Path, max_bytes: int = MAX_JSON_BYTES, inside: str | None = None
+) -> _Model:
+    """Read a settings file, or what is at the key ``inside`` of it.
 
     Raises:
         CheckpointError: it is missing or malformed, or a value is missing or not supported.
     """
     text = read_text(path, max_bytes)
     data = parse_object(text, path)
+    if inside:
+        data = data[inside]
+        text = json.dumps(data)
     try:
         # From JSON text, so that strict mode takes arrays for tuples.
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {explain(error, data)}") from error
+        prefix = f"{inside}." if inside else ""
+        raise CheckpointError(f"{path}: {explain(error, data, prefix)}") from error
 
 
 def parse_part(model: type[_Model], data: Any, path: Path, prefix: str = "") -> _Model:
@@ -174,34 +246,3 @@ def is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def read_chat_template(folder: Path) -> str:
-    """``chat_template.jinja``, or what ``chat_template.json`` or the tokenizer's config says.
-
-    Raises:
-        CheckpointError: there is none, or it is no text of at most 1 MiB.
-    """
-    path = folder / "chat_template.jinja"
-    template = read_text(path, MAX_TEMPLATE_BYTES) if path.exists() else None
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if template is None and (folder / name).exists():
-            template = _default(read_object(folder / name).get("chat_template"))
-    if template is None:
-        raise CheckpointError(
-            f"{path}: is missing, and neither chat_template.json nor tokenizer_config.json has a"
-            " chat_template"
-        )
-    if not template.strip() or len(template) > MAX_TEMPLATE_BYTES:
-        raise CheckpointError(f"{folder}: the chat template is empty or larger than 1 MiB")
-    if not is_text(template) or "\0" in template:
-        raise CheckpointError(f"{folder}: the chat template is not valid Unicode text")
-    return template
-
-
-def _default(value: object) -> str | None:
-    """A template, or that of several which is named so."""
-    if isinstance(value, list):
-        named = [item for item in value if isinstance(item, dict)]
-        value = next((i.get("template") for i in named if i.get("name") == "default"), None)
-    return value if isinstance(value, str) else None

@@ -149,10 +149,8 @@ class BPE(Part):
 
 
 class ByteLevelFile(Part):
-    """``tokenizer.json``."""
+    """``tokenizer.json``; how a trainer padded and truncated its batches changes no token."""
 
-    truncation: None = None
-    padding: None = None
     normalizer: Normalizer | None = None
     pre_tokenizer: Steps
     added_tokens: Annotated[list[AddedToken], Field(max_length=MAX_VOCABULARY)]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from edge_vlm.bundle.json_text import shorten, wrong
-from edge_vlm.errors import CheckpointError
+from edge_vlm.bundle.json_text import wrong
 from edge_vlm.families.jina_vlm.tiling import JinaImageProcessor
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,
@@ -23,24 +22,31 @@ from edge_vlm_export.checkpoint.config_file import (
     Off,
     On,
     Pair,
-    Part,
     Size,
     StopIds,
-    Theta,
-    TokenId,
     agree,
     check_same,
-    read_chat_template,
     read_part,
 )
+from edge_vlm_export.checkpoint.known_keys import Keys, Known, check_known
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
+from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.settings_files import (
+    IMAGE_KEYS,
+    PROCESSOR_KEYS,
+    read_chat_template,
+    read_generation,
+    read_images,
+    read_stop_ids,
+)
 from edge_vlm_export.graph.architecture import AttentionSizes
 
 IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
+_OF_OTHER_LAYERS = ("ratio", "lnorm_config")  # of layers without a size or with an inner norm
 
 
-class VisionNorm(Part):
+class VisionNorm(Known):
     """LayerNorm."""
 
     type: Literal["default"] = "default"
@@ -49,7 +55,7 @@ class VisionNorm(Part):
     eps: Epsilon
 
 
-class TextNorm(Part):
+class TextNorm(Known):
     """RMSNorm."""
 
     type: Literal["rms"] = "rms"
@@ -64,8 +70,10 @@ class InnerNorm(TextNorm):
     eps: Epsilon | None = None  # type: ignore[assignment]  # may be absent
 
 
-class Attention(Part):
+class Attention(Known):
     """Heads of one attention layer."""
+
+    harmless: ClassVar[Keys] = ("fp32",)  # as exact as float32 in any case
 
     softmax_scale: None = None
     sliding_window: Literal[-1] | None = None
@@ -91,6 +99,8 @@ class Attention(Part):
 
 class VisionAttention(Attention):
     """Every query has a key of its own; all four products have biases."""
+
+    harmless: ClassVar[Keys] = (*Attention.harmless, *("qkv_lnorm_on_heads", "lnorm_config"))
 
     q_bias: On = True
     k_bias: On = True
@@ -118,9 +128,10 @@ class TextAttention(Attention):
     lnorm_config: InnerNorm
 
 
-class VisionFeedForward(Part):
+class VisionFeedForward(Known):
     """down(gelu(up(x)))."""
 
+    harmless: ClassVar[Keys] = _OF_OTHER_LAYERS
     activation_type: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     gated_activation: Off = False
     bias: On = True
@@ -128,9 +139,10 @@ class VisionFeedForward(Part):
     size: Size
 
 
-class GatedFeedForward(Part):
+class GatedFeedForward(Known):
     """down(silu(gate(x)) * up(x))."""
 
+    harmless: ClassVar[Keys] = _OF_OTHER_LAYERS
     activation_type: Literal["silu"] = "silu"
     gated_activation: On = True
     bias: Off = False
@@ -138,7 +150,7 @@ class GatedFeedForward(Part):
     size: Size
 
 
-class Block(Part):
+class Block(Known):
     """What both kinds of blocks have in common."""
 
     attn_lscale_init: None = None
@@ -162,8 +174,10 @@ class TextBlock(Block):
     lnorm_config: TextNorm
 
 
-class Connector(Part):
+class Connector(Known):
     """From patches to the decoder's vectors."""
+
+    harmless: ClassVar[Keys] = ("spatial_merge_size",)  # a repetition of pooling_h
 
     padding_embed_type: Literal["pad_and_partial_pad"] = "pad_and_partial_pad"
     pooling_type: Literal["attention_meanq"] = "attention_meanq"
@@ -174,8 +188,10 @@ class Connector(Part):
     pooling_w: int | None = None
 
 
-class VisionSettings(Part):
+class VisionSettings(Known):
     """Vision tower and connector."""
+
+    harmless: ClassVar[Keys] = ("positional_interpolation",)  # of other sizes than input_size
 
     linear_patch_embedding: On = True
     patch_embedding_bias: On = True
@@ -241,32 +257,34 @@ class VisionSettings(Part):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> VisionSettings:
-        n_states = self.n_layers + 1
-        if any(not -n_states <= index < n_states for index in self.vit_layers):
-            problem = f"expected indices from {-n_states} to {n_states - 1} of hidden states"
+        n = self.n_layers + 1
+        if any(not -n <= index < n for index in self.vit_layers):
+            problem = f"expected indices from {-n} to {n - 1} of hidden states"
             raise wrong("vit_layers", self.vit_layers, problem)
         _ = self.attention, self.pooling_attention  # raise what is wrong
         return self
 
 
-class TextConfig(Part):
+class TextConfig(RotaryText):
     """The language model."""
 
     rope: On = True
-    rope_scaling: None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
     normalize_input_embeds: Off = False
     hidden_size: Size
     n_layers: Layers
     num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
     vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
     embedding_size: int | None = None
     additional_vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
     max_sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     max_position_embeddings: int | None = None
-    rope_theta: Theta
     block_config: TextBlock
     tie_word_embeddings: bool | None = None
+    eos_token_id: StopIds | None = None
 
     @property
     def attention(self) -> AttentionSizes:
@@ -275,36 +293,43 @@ class TextConfig(Part):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> TextConfig:
-        agree(self, "num_hidden_layers", self.n_layers, "n_layers")
-        agree(self, "embedding_size", self.vocab_size, "vocab_size")
-        agree(self, "max_position_embeddings", self.max_sequence_length, "max_sequence_length")
-        where, sizes, norm = (
-            "block_config.attn_config",
-            self.attention,
-            self.block_config.lnorm_config,
-        )
+        where, sizes, block = "block_config.attn_config", self.attention, self.block_config
+        for key, used, because in (
+            ("num_hidden_layers", self.n_layers, "n_layers"),
+            ("embedding_size", self.vocab_size, "vocab_size"),
+            ("max_position_embeddings", self.max_sequence_length, "max_sequence_length"),
+            ("num_attention_heads", sizes.n_heads, f"{where}.n_heads"),
+            ("num_key_value_heads", sizes.n_kv_heads, f"{where}.n_kv_heads"),
+            ("head_dim", sizes.head_dim, f"{where}.head_dim"),
+            ("intermediate_size", block.ffn_config.size, "block_config.ffn_config.size"),
+            (f"{where}.lnorm_config.eps", block.lnorm_config.eps, "block_config.lnorm_config.eps"),
+        ):
+            agree(self, key, used, because)
         if sizes.n_heads % sizes.n_kv_heads:
             problem = f"which does not divide n_heads: {sizes.n_heads}"
             raise wrong(f"{where}.n_kv_heads", sizes.n_kv_heads, problem)
         if sizes.head_dim % 2:
-            problem = "rotary positions need an even number"
-            raise wrong(f"{where}.head_dim", sizes.head_dim, problem)
-        agree(self, f"{where}.lnorm_config.eps", norm.eps, "block_config.lnorm_config.eps")
+            raise wrong(f"{where}.head_dim", sizes.head_dim, "rotary positions need an even number")
         return self
 
 
-class Config(Part):
+class Config(Known):
     """``config.json``."""
 
     vision_config: VisionSettings
     text_config: TextConfig
+    hidden_size: int | None = None
+    vocab_size: int | None = None
     tie_word_embeddings: bool | None = None
+    eos_token_id: StopIds | None = None
     name: HubName = Field(default=None, validation_alias="_name_or_path")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Config:
-        hidden = self.text_config.hidden_size
-        agree(self, "vision_config.output_size", hidden, "text_config.hidden_size")
+        text = self.text_config
+        agree(self, "vision_config.output_size", text.hidden_size, "text_config.hidden_size")
+        agree(self, "hidden_size", text.hidden_size, "text_config.hidden_size")
+        agree(self, "vocab_size", text.vocab_size, "text_config.vocab_size")
         return self
 
 
@@ -325,6 +350,7 @@ class Preprocessor(JinaImageProcessor):
     do_resize: On = True
     do_convert_rgb: On = True
     padding_mask: Off = False
+    padding_value: Annotated[float, Field(ge=0, le=0)] = 0.0
     crop_size: Any = None
     image_base_patch_h: Any = None
     image_base_patch_w: Any = None
@@ -334,6 +360,14 @@ class Preprocessor(JinaImageProcessor):
     end_token_id: Any = None
     patch_token_id: Any = None
     column_token_id: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_known(cls, data: Any) -> Any:
+        if isinstance(data, dict):  # mean and deviation are those of another normalization
+            check_known(cls, data, (*IMAGE_KEYS, "image_mean", "image_std"))
+            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return data
 
     @model_validator(mode="after")
     def _repetitions_agree(self) -> Preprocessor:
@@ -350,21 +384,15 @@ class Preprocessor(JinaImageProcessor):
 
     def image_processor(self) -> JinaImageProcessor:
         """The runtime's part."""
-        keys = JinaImageProcessor.model_fields
-        return JinaImageProcessor(**{key: getattr(self, key) for key in keys})
+        return JinaImageProcessor(**{k: getattr(self, k) for k in JinaImageProcessor.model_fields})
 
 
-class Processor(Part):
+class Processor(Known):
     """``processor_config.json``."""
 
+    harmless: ClassVar[Keys] = PROCESSOR_KEYS
+
     always_start_with_space: bool
-
-
-class Generation(Part):
-    """``generation_config.json``."""
-
-    eos_token_id: StopIds
-    bos_token_id: TokenId | None = None
 
 
 @dataclass(frozen=True)
@@ -376,6 +404,7 @@ class JinaSettings(Settings):
     text: TextSettings
     always_start_with_space: bool
     preprocessor: Preprocessor  # for checks that need the tokenizer
+    preprocessor_path: Path
     first_special: int | None  # where a made-up tokenizer ends its vocabulary
 
 
@@ -383,30 +412,22 @@ def read_settings(folder: Path) -> JinaSettings:
     """See ``Family.read_settings``."""
     path = folder / "config.json"
     config = read_part(Config, path)
-    preprocessor = read_part(Preprocessor, folder / "preprocessor_config.json")
+    preprocessor, where = read_images(Preprocessor, folder)
     images, vision = preprocessor.image_processor(), config.vision_config
-    connector, where = vision.vl_connector_config, "vision_config.vl_connector_config.pooling_"
+    connector, pooling = vision.vl_connector_config, "vision_config.vl_connector_config.pooling_"
     for key, value, used in (
         ("vision_config.input_size", vision.input_size, images.base_input_size),
         ("vision_config.patch_size", vision.patch_size, images.patch_size),
-        (f"{where}h", connector.pooling_h, images.pooling_h),
-        (f"{where}w", connector.pooling_w, images.pooling_w),
+        (f"{pooling}h", connector.pooling_h, images.pooling_h),
+        (f"{pooling}w", connector.pooling_w, images.pooling_w),
     ):
-        check_same(path, key, value, used, "preprocessor_config.json")
+        check_same(path, key, value, used, where.name)
     processor = read_part(Processor, folder / "processor_config.json")
-    generation_path = folder / "generation_config.json"
-    generation = read_part(Generation, generation_path)
     text = config.text_config
     n_ids = text.vocab_size + text.additional_vocab_size
-    stop = tuple(dict.fromkeys(generation.eos_token_id))
-    if max(stop) >= n_ids:
-        raise CheckpointError(
-            f"{generation_path}: eos_token_id is {shorten(list(stop))}, expected one or more token"
-            f" ids below {n_ids}"
-        )
     return JinaSettings(
         image_processor=images,
-        stop_ids=stop,
+        stop_ids=read_stop_ids(folder, n_ids, config, text),
         chat_template=read_chat_template(folder),
         name=config.name,
         tie_word_embeddings=(config.tie_word_embeddings, text.tie_word_embeddings),
@@ -417,12 +438,13 @@ def read_settings(folder: Path) -> JinaSettings:
             attention=text.attention,
             ffn_size=text.block_config.ffn_config.size,
             norm_eps=text.block_config.lnorm_config.eps,
-            rope_theta=text.rope_theta,
+            rope_theta=text.theta,
             max_sequence_length=text.max_sequence_length,
             vocab_size=text.vocab_size,
             additional_vocab_size=text.additional_vocab_size,
         ),
         always_start_with_space=processor.always_start_with_space,
         preprocessor=preprocessor,
-        first_special=generation.bos_token_id,
+        preprocessor_path=where,
+        first_special=read_generation(folder).bos_token_id,
     )

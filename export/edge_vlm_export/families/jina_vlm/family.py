@@ -16,6 +16,7 @@ from edge_vlm_export.families.base import Family, Spread
 from edge_vlm_export.families.jina_vlm.config import IMAGE_PROMPT_TOKEN, JinaSettings, read_settings
 from edge_vlm_export.families.jina_vlm.language import decoder, text_bias_shapes
 from edge_vlm_export.families.jina_vlm.vision import vision_tower
+from edge_vlm_export.families.settings_files import SETTINGS_FILES
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import Float32
@@ -42,13 +43,8 @@ class JinaVLM(Family):
     name = "jina-vlm"
     summary = "SigLIP2, attention pooling, Qwen3"
     model_types = ("jvlm",)
-    required_files = (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "generation_config.json",
-        "tokenizer.json",
-    )
-    optional_files = ("chat_template.jinja", *NAMES)
+    required_files = ("processor_config.json", "tokenizer.json")
+    optional_files = (*SETTINGS_FILES, *NAMES)
     configs: ClassVar[Mapping[str, tuple[Path, ...]]] = {
         "jina-vlm": (_PACKAGE / "configs" / "jina-vlm",),
         # Shipped beside the other, or in a source checkout.
@@ -85,7 +81,7 @@ class JinaVLM(Family):
             if key is not None:
                 because = f"the id of {text} in {tokenizer.path.name}"
                 told = getattr(settings.preprocessor, key)
-                check_same(folder / "preprocessor_config.json", key, told, token, because)
+                check_same(settings.preprocessor_path, key, told, token, because)
         bos = named_token(folder, tokenizer.special, "bos_token", "eos_token")
         if bos is None:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, Strict, ValidationError, model_validator
 
@@ -23,18 +23,24 @@ from edge_vlm_export.checkpoint.config_file import (
     Off,
     On,
     Pair,
-    Part,
     Size,
     StopIds,
-    Theta,
     TokenId,
+    agree,
     check_same,
-    parse_part,
-    read_chat_template,
     read_part,
 )
+from edge_vlm_export.checkpoint.known_keys import Keys, Known
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
+from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.settings_files import (
+    IMAGE_KEYS,
+    PROCESSOR_KEYS,
+    read_chat_template,
+    read_images,
+    read_stop_ids,
+)
 from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,17 +51,13 @@ Pinpoints = Annotated[list[Pair], Field(min_length=1, max_length=256)]  # height
 AspectRatio = Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]{0,2}$")]
 
 
-class Rope(Part):
-    """Rotary positions without scaling, in either spelling."""
-
-    rope_type: Literal["default"] = Field(
-        default="default", validation_alias=AliasChoices("rope_type", "type")
-    )
-    rope_theta: Theta | None = None
-
-
-class TextConfig(Part):
+class TextConfig(RotaryText):
     """Qwen2."""
+
+    harmless: ClassVar[Keys] = (
+        "sliding_window",
+        "max_window_layers",
+    )  # for use_sliding_window alone
 
     model_type: Literal["qwen2"]
     hidden_size: Size
@@ -67,19 +69,10 @@ class TextConfig(Part):
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
     rms_norm_eps: Epsilon = 1e-6
-    rope_theta: Theta | None = None
-    rope_parameters: Rope = Rope()
-    rope_scaling: Rope = Rope()
     hidden_act: Literal["silu"] = "silu"
-    use_sliding_window: Off = False
-    layer_types: list[Literal["full_attention"]] = Field(default=[], max_length=1 << 10)
+    attention_bias: On = True  # of queries, keys and values
     tie_word_embeddings: bool | None = None
     eos_token_id: StopIds | None = None
-
-    @property
-    def theta(self) -> float:
-        """The base of the rotary positions' frequencies; 0 where nothing is said."""
-        return self.rope_theta or self.rope_parameters.rope_theta or 0.0
 
     @property
     def attention(self) -> AttentionSizes:
@@ -93,8 +86,6 @@ class TextConfig(Part):
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
         n_heads, sizes = self.num_attention_heads, self.attention
-        if not self.theta:
-            raise wrong("rope_theta", None, "and rope_parameters has none either")
         if self.head_dim is None and self.hidden_size % n_heads:
             raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
         if n_heads % sizes.n_kv_heads:
@@ -104,8 +95,13 @@ class TextConfig(Part):
         return self
 
 
-class VisionConfig(Part):
+class VisionConfig(Known):
     """SigLIP without its pooling head."""
+
+    harmless: ClassVar[Keys] = (
+        "vision_use_head",
+        "projection_dim",
+    )  # behind what is used
 
     model_type: Literal["siglip_vision_model"]
     hidden_size: Size
@@ -126,12 +122,16 @@ class VisionConfig(Part):
         return self
 
 
-class Config(Part):
+class Config(Known):
     """``config.json``."""
+
+    harmless: ClassVar[Keys] = ("image_seq_length",)  # for sizes in advance
 
     model_type: Literal["llava_onevision"]
     text_config: TextConfig
     vision_config: VisionConfig
+    hidden_size: int | None = None
+    vocab_size: int | None = None
     image_token_id: TokenId = Field(
         validation_alias=AliasChoices("image_token_index", "image_token_id")
     )
@@ -146,6 +146,7 @@ class Config(Part):
     multimodal_projector_bias: On = True
     use_image_newline_parameter: On = True
     tie_word_embeddings: bool | None = None
+    eos_token_id: StopIds | None = None
     name: HubName = Field(default=None, validation_alias="_name_or_path")
 
     @property
@@ -161,20 +162,24 @@ class Config(Part):
             raise wrong(
                 "vision_feature_layer", self.vision_feature_layer, f"the tower has {n_layers}"
             )
+        for key in ("hidden_size", "vocab_size"):  # trainers repeat them
+            agree(self, key, getattr(self.text_config, key), f"text_config.{key}")
         if self.image_token_id >= n_ids:
             raise wrong("image_token_index", self.image_token_id, f"there are {n_ids} ids")
         return self
 
 
-class Square(Part):
+class Square(Known):
     """Pixels of a crop."""
 
     height: Size
     width: Size
 
 
-class Preprocessor(Part):
+class Preprocessor(Known):
     """``preprocessor_config.json``; what is absent is the class's default."""
+
+    harmless: ClassVar[Keys] = IMAGE_KEYS
 
     image_processor_type: Annotated[str, Field(pattern="^LlavaOnevisionImageProcessor")]
     image_grid_pinpoints: Pinpoints | None = None  # 384 * a x 384 * b up to 6 x 6
@@ -198,20 +203,15 @@ class Preprocessor(Part):
         ]
 
 
-class Processor(Part):
+class Processor(Known):
     """``processor_config.json``; newer checkpoints have the image processor in it."""
+
+    harmless: ClassVar[Keys] = ("video_token", *PROCESSOR_KEYS)
 
     image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105
     num_image_tokens: Size | None = None
     vision_feature_select_strategy: Literal["full"] = "full"
     vision_aspect_ratio: AspectRatio | None = None
-    image_processor: dict[str, Any] | None = None
-
-
-class Generation(Part):
-    """``generation_config.json``."""
-
-    eos_token_id: StopIds | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def read_settings(folder: Path) -> OneVisionSettings:
     config = read_part(Config, path)
     processor_path = folder / "processor_config.json"
     processor = read_part(Processor, processor_path) if processor_path.exists() else Processor()
-    preprocessor, where = _preprocessor(folder, processor)
+    preprocessor, where = read_images(Preprocessor, folder)
     images = _image_processor(config, preprocessor, where)
     for key, used in (
         ("num_image_tokens", images.tokens_per_crop),
@@ -241,7 +241,7 @@ def read_settings(folder: Path) -> OneVisionSettings:
     ties = [level.tie_word_embeddings for level in (config, config.text_config)]
     return OneVisionSettings(
         image_processor=images,
-        stop_ids=_stop_ids(folder, config, text),
+        stop_ids=read_stop_ids(folder, text.vocab_size, config, config.text_config),
         chat_template=read_chat_template(folder),
         name=config.name,
         # Published levels contradict each other; a head that is in the file is used.
@@ -250,14 +250,6 @@ def read_settings(folder: Path) -> OneVisionSettings:
         text=text,
         image_token=processor.image_token,
     )
-
-
-def _preprocessor(folder: Path, processor: Processor) -> tuple[Preprocessor, Path]:
-    path = folder / "preprocessor_config.json"
-    if processor.image_processor is not None and not path.exists():
-        path = folder / "processor_config.json"
-        return parse_part(Preprocessor, processor.image_processor, path, "image_processor."), path
-    return read_part(Preprocessor, path), path
 
 
 def _image_processor(
@@ -307,19 +299,3 @@ def _text(config: Config) -> TextSettings:
         vocab_size=n_spoken,
         additional_vocab_size=text.vocab_size - n_spoken,
     )
-
-
-def _stop_ids(folder: Path, config: Config, text: TextSettings) -> tuple[int, ...]:
-    path, told = folder / "generation_config.json", None
-    if path.exists():
-        told = read_part(Generation, path).eos_token_id
-    if told is None:
-        path, told = folder / "config.json", config.text_config.eos_token_id
-    if told is None:
-        raise CheckpointError(f"{path}: eos_token_id is missing, also from generation_config.json")
-    for token in told:
-        if token >= text.vocab_size:
-            raise CheckpointError(
-                f"{path}: eos_token_id is {token}, the ids of answers end at {text.vocab_size}"
-            )
-    return tuple(dict.fromkeys(told))

@@ -14,6 +14,7 @@ from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
 from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
 from edge_vlm_export.families.llava_onevision.vision import NEWLINE, vision_tower
+from edge_vlm_export.families.settings_files import SETTINGS_FILES
 
 if TYPE_CHECKING:
     from edge_vlm_export.graph.architecture import Tower
@@ -28,14 +29,7 @@ class LlavaOneVision(Family):
     summary = "SigLIP, an MLP, Qwen2"
     model_types = ("llava_onevision",)
     required_files = ("tokenizer.json",)
-    optional_files = (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        *NAMES,
-    )
+    optional_files = ("processor_config.json", *SETTINGS_FILES, *NAMES)
 
     def read_settings(self, folder: Path) -> OneVisionSettings:
         return read_settings(folder)
