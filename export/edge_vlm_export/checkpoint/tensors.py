@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ import numpy.typing as npt
 
 from edge_vlm.bundle.json_text import decode, shorten
 from edge_vlm.errors import CheckpointError
-from edge_vlm_export.checkpoint.config_file import Part, parse_object, read_part
+from edge_vlm_export.checkpoint.config_file import (
+    MAX_JSON_BYTES,
+    Part,
+    check_is_itself,
+    missing,
+    parse_object,
+    read_part,
+)
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +45,16 @@ _STORED: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),  # the upper half of a float32
 }
+_SAVE = "load it with transformers and save it with save_pretrained(..., safe_serialization=True)"
+# Weights that are no safetensors; PyTorch's files hold a program, which is not run.
+_OTHER_WEIGHTS = (
+    (r"adapter_model\..*", "an adapter and no model; export its base with --adapter"),
+    (r"global_step.*|zero_to_fp32\.py", "DeepSpeed's; `python zero_to_fp32.py . OUT` joins them"),
+    (r".*\.distcp|pytorch_model_fsdp.*", "FSDP's; `accelerate merge-weights` joins them"),
+    (r".*\.(bin|bin\.index\.json|pth?|ckpt)", f"a program runs when it is read; {_SAVE}"),
+    (r".*\.(h5|msgpack)", f"another library's; {_SAVE}"),
+    (r".*\.(gguf|onnx)", "it was converted; export the checkpoint that it was made from"),
+)
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 
 
@@ -172,11 +189,13 @@ class Checkpoint:
         """
         where, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
         if where.exists():
-            stored = _read_header(where)
+            _check_one_model(where, index)
+            stored = read_tensors(where)
         elif index.exists():
             stored, where = _read_shards(index), index
         else:
-            raise CheckpointError(f"{folder}: has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+            there = [path.name for path in folder.iterdir()]
+            raise CheckpointError(f"{folder}: {no_weights(there)}")
         tensors: dict[str, Tensor] = {}
         for tensor in stored.values():
             name = rename(tensor.name)
@@ -227,6 +246,28 @@ class Index(Part):
     weight_map: dict[str, Any]
 
 
+def no_weights(names: Collection[str]) -> str:
+    """What is to be said of a folder with these files, none of which an export can read."""
+    for pattern, advice in _OTHER_WEIGHTS:
+        found = sorted(name for name in names if re.fullmatch(pattern, name))
+        if found:
+            return f"has no {WEIGHTS_NAME} but {found[0]}: {advice}"
+    return f"has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
+
+
+def _check_one_model(weights: Path, index: Path) -> None:
+    """An index beside ``model.safetensors`` may not name other files that are there as well."""
+    if not index.exists():
+        return
+    names = set(map(str, read_part(Index, index, MAX_HEADER_BYTES).weight_map.values()))
+    others = [name for name in sorted(names - {weights.name}) if (index.parent / name).exists()]
+    if others:
+        raise CheckpointError(
+            f"{weights}: is there, and {index.name} names {others[0]}, which is there too: remove"
+            " the weights that are not meant"
+        )
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
     weight_map = read_part(Index, index, MAX_HEADER_BYTES).weight_map
     if len(weight_map) > MAX_TENSORS:
@@ -239,7 +280,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             )
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(weight_map.values()):
-        for tensor in _read_header(index.parent / name).values():
+        for tensor in read_tensors(index.parent / name).values():
             if weight_map.get(tensor.name) != name:
                 raise CheckpointError(
                     f"{tensor.path}: has tensor {shorten(tensor.name)},"
@@ -255,16 +296,24 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
-    """Descriptions of the tensors in one safetensors file, their ranges checked."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Descriptions of the tensors in one safetensors file, their ranges checked.
+
+    Raises:
+        CheckpointError: the file is missing, cut off or malformed.
+    """
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file")
         file_size = path.stat().st_size
         with path.open("rb") as file:
+            check_is_itself(path, file.read(80))
+            file.seek(0)
             length_bytes = file.read(8)
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > file_size - 8:
+                if length_bytes[:1] == b"{" and file_size < MAX_JSON_BYTES:  # what a server says
+                    parse_object(decode(length_bytes + file.read(), path, CheckpointError), path)
                 raise CheckpointError(
                     f"{path}: is cut off or no safetensors file: {file_size} bytes do not hold"
                     " its header"
@@ -275,7 +324,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
                 )
             raw = file.read(length)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing from the checkpoint") from error
+        raise CheckpointError(f"{path}: {missing(path)}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     entries = parse_object(decode(raw, f"{path}: its header", CheckpointError), path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from edge_vlm.bundle.json_text import shorten
 from edge_vlm.errors import CheckpointError
 from edge_vlm.plugins import load_plugin, plugins
-from edge_vlm_export.checkpoint.config_file import read_object
+from edge_vlm_export.checkpoint.config_file import ADAPTER, read_object
 
 if TYPE_CHECKING:
     from edge_vlm_export.families.base import Family
@@ -50,6 +50,8 @@ def family_of(folder: Path) -> Family:
         CheckpointError: the file is missing or malformed, or the model is of no known family.
     """
     path = folder / CONFIG
+    if not path.exists() and (problem := _no_model(folder)):
+        raise CheckpointError(f"{folder}: {problem}")
     config = read_object(path)
     for family in families().values():
         if family.recognises(config):
@@ -59,3 +61,13 @@ def family_of(folder: Path) -> Family:
         f"{path}: model_type is {shorten(config.get('model_type'))}, which is not supported; known"
         f" are {', '.join(sorted(known))}"
     )
+
+
+def _no_model(folder: Path) -> str | None:
+    """What a folder without ``config.json`` is, where its files tell."""
+    if (folder / ADAPTER).exists():
+        base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+        return f"is a LoRA adapter of {shorten(base)} and no model: export that with --adapter"
+    patterns = ("checkpoint-*/config.json", "snapshots/*/config.json")  # of a trainer, of the hub
+    inner = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
+    return f"has no {CONFIG}, but {inner[-1]} has one: export that folder" if inner else None
