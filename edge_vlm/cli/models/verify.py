@@ -20,12 +20,24 @@ from edge_vlm.cli.options import output_options
     help="Measure the bundle against this checkpoint folder; needs edge-vlm[export].",
 )
 @click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="With --against: the LoRA adapter that was merged into it.",
+)
+@click.option(
     "--samples",
     metavar="FOLDER|builtin",
     help="Measure on the held-out ones of these pictures; by default on a few built-in ones.",
 )
 @output_options
-def command(model: str | None, against: Path | None, samples: str | None, as_json: bool) -> None:
+def command(
+    model: str | None,
+    against: Path | None,
+    adapter: Path | None,
+    samples: str | None,
+    as_json: bool,
+) -> None:
     """Check a bundle: hash its files, run a picture through it, show its report.
 
     The report is what the exporter measured. With --against it is measured again, and the command
@@ -35,8 +47,9 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
     edge-vlm verify ./jina-vlm-bundle
     edge-vlm verify ./jina-vlm-bundle --against ./jina-vlm
     """
-    if samples is not None and against is None:
-        raise click.UsageError("--samples is for --against")
+    for option, value in (("--samples", samples), ("--adapter", adapter)):
+        if value is not None and against is None:
+            raise click.UsageError(f"{option} is for --against")
     measure = exporter("measure_bundle", "verify --against") if against is not None else None
 
     from edge_vlm.bundle.checksums import verify
@@ -52,7 +65,9 @@ def command(model: str | None, against: Path | None, samples: str | None, as_jso
         verify(bundle, again=True, progress=lambda done, total: steps.show("hash", done, total))
         check_sanity(bundle, MachineSettings.from_environment())
         if measure:
-            measured = measure(bundle, against, samples=samples, progress=steps.show)
+            measured = measure(
+                bundle, against, adapter=adapter, samples=samples, progress=steps.show
+            )
     if as_json:
         data = {
             "path": str(bundle.path),

@@ -103,6 +103,12 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
     expose_value=False,
     help="Show the families of models that can be exported.",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Merge the LoRA adapter in this folder into the checkpoint.",
+)
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option(
     "--calibrate",

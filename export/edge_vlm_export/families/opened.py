@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.sizes import Decoder
+from edge_vlm_export.checkpoint.adapter import Adapter, beside
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Shape, Values
 from edge_vlm_export.families.registry import family_of
 
@@ -61,13 +62,20 @@ class Model(Description):
 
     Raises:
         CheckpointError: see ``Description``; or a tensor is missing, superfluous, of another shape
-            or not supported, or the presence of an output head contradicts the config.
+            or not supported, or the presence of an output head contradicts the config; or there is
+            an adapter that was not asked for, or that does not fit.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         super().__init__(folder)
+        problem = beside([path.name for path in folder.iterdir()])
+        if problem and not (adapter and adapter.resolve() == folder.resolve()):
+            raise CheckpointError(f"{folder}: {problem}")
+        self.adapter = Adapter.open(adapter) if adapter else None
         self.tensors = Checkpoint.open(folder, self.family.rename)
         self.tied = self._check_tensors()
+        if self.adapter:
+            self.tensors = self._merged(self.adapter)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,6 +97,18 @@ class Model(Description):
         sizes |= sizes.pop("attention")
         known = {name: size for name, size in sizes.items() if name in Decoder.model_fields}
         return Decoder(precision=precision, tied_head=self.tied, **known)
+
+    def _merged(self, adapter: Adapter) -> Checkpoint:
+        """The tensors with an adapter's in them."""
+        table = self.decoder.table
+        merged = adapter.merge(self.tensors, self.family.rename, {*table, *self.tower.tensors})
+        if self.tied and any(merged[name] is not self.tensors[name] for name in table):
+            raise CheckpointError(
+                f"{adapter.folder}: replaces the token table, which this base has in common with"
+                " its output head"
+            )
+        self.family.check(self.settings, merged)
+        return merged
 
     def _check_tensors(self) -> bool:
         """Compare the tensors with the settings; returns whether the head is tied."""

@@ -27,6 +27,7 @@ def measure_bundle(
     bundle: Bundle,
     checkpoint: Path,
     *,
+    adapter: Path | None = None,
     samples: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -38,6 +39,7 @@ def measure_bundle(
     Args:
         bundle: a verified bundle.
         checkpoint: the folder it was exported from.
+        adapter: the folder of the LoRA adapter that was merged into it.
         samples: "builtin" or a folder, see ``read_samples``: measure on all its held-out prompts;
             by default on a few built-in ones.
         progress: called with a stage, what is done and the total.
@@ -48,7 +50,7 @@ def measure_bundle(
         EdgeVLMError: an engine failed.
     """
     threads = MachineSettings.from_environment().engine_settings().threads
-    model, stored = Model(checkpoint), bundle.manifest.report
+    model, stored = Model(checkpoint, adapter), bundle.manifest.report
     _check_same_model(model, bundle.manifest)
     seen = stored.vision if stored else None
     files = bundle.manifest.files

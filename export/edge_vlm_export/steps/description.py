@@ -34,6 +34,7 @@ def model_identity(model: Model, name: str | None) -> ModelIdentity:
 
     The name is the given one, else a hub name found in the path of a hub cache
     (``models--owner--model/snapshots/revision``) or in ``config.json``, else the folder's name.
+    An adapter is named with it.
     The licence is the one that the front matter of ``README.md`` declares, else the first line of a
     ``LICENSE`` file, else "unknown": it is never guessed from the name.
 
@@ -45,6 +46,8 @@ def model_identity(model: Model, name: str | None) -> ModelIdentity:
         r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", folder.absolute().as_posix()
     )
     origin = f"{cached[1]}/{cached[2]}" if cached else model.settings.name or folder.resolve().name
+    if model.adapter:
+        origin = f"{origin} with adapter {model.adapter.label}"
     return ModelIdentity(
         name=name or origin[:200] or "model",
         license=_license(folder)[:200],

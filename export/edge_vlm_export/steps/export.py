@@ -36,6 +36,7 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
+    adapter: Path | None = None,
     vision: str = "int8",
     target: str = "cpu",
     static_shapes: bool = False,
@@ -57,14 +58,12 @@ def export_checkpoint(
     """Write the checkpoint in folder ``checkpoint`` as a bundle to the new folder ``out``.
 
     ``vision`` to ``max_divergence`` are described at ``choices.Choices``. ``allow_loss`` keeps a
-    bundle that loses more than they allow. ``name`` is the model's, by default the one the
-    checkpoint tells. ``overwrite`` replaces an existing bundle, at the very end, in one step.
-    Vision weights larger than ``external_data_bytes`` go to ``vision.onnx.data``.
-
-    ``progress`` is called with a step, what is done and the total, in bytes where files are written
-    or read; an exception it raises stops the export and leaves nothing behind. ``notice`` is called
-    with a line about what the export will need, ``on_report`` with the report, also when the export
-    fails because of it.
+    bundle that loses more. ``name`` is the model's, by default the one the checkpoint tells;
+    ``adapter`` a folder with a LoRA adapter to merge into it. ``overwrite`` replaces an existing
+    bundle, at the very end, in one step. Vision weights larger than ``external_data_bytes`` go to
+    ``vision.onnx.data``. ``progress`` is called with a step, what is done and the total, in bytes
+    where files are written or read; what it raises stops the export and leaves nothing behind.
+    ``notice`` gets a line about what the export needs, ``on_report`` the report, also if it fails.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, contradicts itself or is not supported.
@@ -78,9 +77,9 @@ def export_checkpoint(
     check_target(out, overwrite)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
-    if checkpoint.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: the checkpoint itself lies there")
-    export = _Export(checkpoint, name, choices)
+    if any(p.resolve().is_relative_to(out.resolve()) for p in (checkpoint, adapter) if p):
+        raise InputError(f"{out}: the checkpoint or adapter itself lies there")
+    export = _Export(Model(checkpoint, adapter), name, choices)
     export.announce(out.parent, notice)
     with new_folder(out, overwrite) as folder:
         report, files = export.write(folder, external_data_bytes, progress)
@@ -97,10 +96,10 @@ def export_checkpoint(
 class _Export:
     """A checkpoint that was found fit to be exported as is wanted; nothing is written yet."""
 
-    def __init__(self, checkpoint: Path, name: str | None, choices: Choices) -> None:
+    def __init__(self, model: Model, name: str | None, choices: Choices) -> None:
         if name is not None and not 1 <= len(name) <= 200:
             raise InputError("name: expected 1 to 200 characters")
-        self.model = model = Model(checkpoint)
+        self.model = model
         self.identity = model_identity(model, name)
         self.choices = choices
         self.vision_bytes = largest_bytes(model, choices.vision)
@@ -111,6 +110,9 @@ class _Export:
         """Tell what goes to disk and check that there is room for it."""
         total = self.vision_bytes + self.decoder.total_bytes
         if notice:
+            base = self.model.adapter and self.model.adapter.config.base
+            if base and base not in self.identity.source:
+                notice(f"the adapter says that its base is {base}")
             scratch = self.decoder.scratch_bytes
             passing = f", {size_text(scratch)} of it until the decoder is quantized"
             notice(f"needs {size_text(total)} in {parent.resolve()}{passing if scratch else ''}")
