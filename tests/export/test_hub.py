@@ -310,6 +310,98 @@ def test_a_file_that_changed_in_the_cache(hub: Hub, download: Callable[..., Path
 
 
 @pytest.mark.parametrize(
+    "name", [SHARDS[0], "tokenizer.json", "config.json", "chat_template.jinja"]
+)
+def test_a_file_damaged_in_the_cache_is_found_offline(
+    name: str, hub: Hub, download: Callable[..., Path]
+) -> None:
+    """Large files are named by their SHA-256, small ones by git's hash."""
+    folder = download()
+    assert download(offline=True) == folder
+    blob = (folder / name).resolve()
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged.*run without --offline"):
+        download(offline=True)
+    assert blob.exists()  # it cannot be had again without the hub
+    with pytest.raises(CheckpointError, match="it was removed"):
+        download()
+    assert (download() / name).read_bytes() == hub.files[name]
+    assert download(offline=True) == folder
+
+
+def test_a_cache_without_links_is_taken_as_it_is(hub: Hub, download: Callable[..., Path]) -> None:
+    """As on Windows, where files lie in the snapshot itself and tell no hash."""
+    folder = download()
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    assert download(offline=True) == folder
+
+
+PAGE = b"<!DOCTYPE html><html><body>Please log in to this network</body></html>"
+
+
+def test_a_portal_s_page_is_not_gone_on_from(
+    hub: Hub, download: Callable[..., Path], tmp_path: Path
+) -> None:
+    hub.sent[SHARDS[0]] = PAGE
+    with pytest.raises(EdgeVLMError):
+        download()
+    blobs = tmp_path / "cache" / "models--owner--model" / "blobs"
+    part = blobs / f"{etag(SHARDS[0], hub.files[SHARDS[0]])}.incomplete"  # what some clients leave
+    part.write_bytes(PAGE)
+    honest = blobs / f"{'b' * 64}.incomplete"
+    honest.write_bytes(hub.files[SHARDS[0]][:1000])
+    hub.sent.clear()
+    hub.requests.clear()
+    folder = download()
+    assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
+    assert set(hub.fetched(SHARDS[0])) == {None}
+    assert not part.exists()
+    assert honest.exists()
+
+
+def test_an_adapter_on_the_hub_is_no_model(hub: Hub, download: Callable[..., Path]) -> None:
+    for name in list(hub.files):
+        del hub.files[name]
+    hub.files |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    with pytest.raises(CheckpointError, match="owner/model: is a LoRA adapter and no model"):
+        download()
+
+
+def test_an_adapter_beside_a_model_on_the_hub(hub: Hub, download: Callable[..., Path]) -> None:
+    hub.files |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    with pytest.raises(CheckpointError, match=r"owner/model: .*lies beside the model"):
+        download()
+    for name in (*SHARDS, "model.safetensors.index.json"):
+        del hub.files[name]
+    with pytest.raises(CheckpointError, match="an adapter and no model; export its base"):
+        download()
+
+
+def test_weights_of_another_format_on_the_hub(hub: Hub, download: Callable[..., Path]) -> None:
+    for name in (*SHARDS, "model.safetensors.index.json"):
+        del hub.files[name]
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors but pytorch_model\.bin"):
+        download()
+    del hub.files["pytorch_model.bin"]
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        download()
+
+
+def test_settings_inside_the_processor_s_file_are_enough(
+    hub: Hub, download: Callable[..., Path]
+) -> None:
+    for name in ("preprocessor_config.json", "generation_config.json"):
+        del hub.files[name]
+    names = {path.name for path in download().iterdir()}
+    assert names == set(hub.files) - {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", SHARDS[1], "model.safetensors.index.json"]
 )
 def test_a_missing_file(name: str, hub: Hub, download: Callable[..., Path]) -> None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_vlm.bundle.checksums import sha256_of
 from edge_vlm.errors import CheckpointError, InputError
-from edge_vlm_export.checkpoint.config_file import read_part
+from edge_vlm_export.checkpoint.adapter import WEIGHTS_NAME as ADAPTER_NAME
+from edge_vlm_export.checkpoint.adapter import beside
+from edge_vlm_export.checkpoint.config_file import ADAPTER, check_is_itself, read_part
 from edge_vlm_export.checkpoint.hub_client import Counter, bar, client
 from edge_vlm_export.checkpoint.new_folder import check_space, size_text
 from edge_vlm_export.checkpoint.tensors import (
@@ -27,6 +29,7 @@ from edge_vlm_export.checkpoint.tensors import (
     SHARD_NAME,
     WEIGHTS_NAME,
     Index,
+    no_weights,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ Files = Callable[[Path], tuple[Sequence[str], Sequence[str]]]
 
 FIRST = "config.json"
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's of a small file, SHA-256 of a large one
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]{{1,200}}))?", re.ASCII)
 
@@ -104,18 +108,19 @@ def fetch(
     with client(str(name), cache, counter):
         model = _Model(name, cache, endpoint, offline or constants.HF_HUB_OFFLINE)
         model.open(FIRST)
-        if not model.offline:
-            model.check(FIRST, lambda n_bytes: None)
+        model.check(FIRST, lambda n_bytes: None)
         required, optional = files(model.folder)
         names = model.choose(required, optional)
-        if not model.offline:
+        if model.offline:
+            sizes = {file: (model.folder / file).stat().st_size for file in names}
+        else:
             for file in names:
                 if not model.listed[file].lfs:  # settings, from which the room is computed
                     model.get(file)
             model.check_room(names, notice, then)
             sizes = {file: model.listed[file].size or 0 for file in names}
             counter.each("download", sizes, lambda file, n: model.get(file, tqdm_class=bar(n)))
-            counter.each("checksum", sizes, model.check)
+        counter.each("checksum", sizes, model.check)
     return model.folder
 
 
@@ -136,6 +141,7 @@ class _Model:
         from huggingface_hub import HfApi
 
         if not self.offline:
+            self.sweep()
             api = HfApi(endpoint=self.endpoint)
             info = api.model_info(self.name.repo, revision=self.name.revision, files_metadata=True)
             self.commit, files = info.sha, info.siblings or ()
@@ -147,6 +153,17 @@ class _Model:
             self.commit = folder.name
             self.listed = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*")}
         self.folder = Path(self.get(first)).parent  # the branch may have moved meanwhile
+
+    def sweep(self) -> None:
+        """Remove half downloads that are a page of a portal, which a client would go on from."""
+        folder = self.cache / f"models--{self.name.repo.replace('/', '--')}" / "blobs"
+        for part in folder.glob("*.incomplete"):
+            with part.open("rb") as file:
+                head = file.read(80)
+            try:
+                check_is_itself(part, head)
+            except CheckpointError:
+                part.unlink(missing_ok=True)
 
     def get(self, file: str, **options: Any) -> Any:
         """The path of a file in the cache, downloaded if it is not there."""
@@ -163,14 +180,21 @@ class _Model:
         if self.offline:
             problem = f"{file} is missing, its download was not finished; run without --offline"
             raise InputError(f"{self.name}: {problem}")
+        if file == FIRST and ADAPTER in self.listed:
+            problem = "is a LoRA adapter and no model: download it, export its base with --adapter"
+            raise CheckpointError(f"{self.name}: {problem}")
         raise CheckpointError(f"{self.name}: has no {file} on the hub")
 
     def choose(self, required: Sequence[str], optional: Sequence[str]) -> list[str]:
         """The names of the files to take, the weights last."""
+        if problem := beside(self.listed):
+            raise CheckpointError(f"{self.name}: {problem}")
         more = [name for name in self.listed if any(fnmatchcase(name, p) for p in optional)]
         names = [*required, *(name for name in more if not name.endswith(".py"))]
         if WEIGHTS_NAME in self.listed:
             return list(dict.fromkeys(map(self.need, [*names, WEIGHTS_NAME])))
+        if not self.offline and not any(map(SHARD_NAME.fullmatch, {*self.listed} - {ADAPTER_NAME})):
+            raise CheckpointError(f"{self.name}: {no_weights(self.listed)}")
         names = list(map(self.need, [*names, INDEX_NAME]))
         index = Path(self.get(INDEX_NAME))
         shards = set(read_part(Index, index, MAX_HEADER_BYTES).weight_map.values())
@@ -180,21 +204,34 @@ class _Model:
         return list(dict.fromkeys([*names, *map(self.need, sorted(shards))]))
 
     def check(self, file: str, told: Callable[[int], None]) -> None:
-        """Compare a file with the hash that the hub states; one that differs is removed."""
+        """Compare a file with the hash that the hub states, or offline with that in its name.
+
+        Online one that differs is removed. Where the cache has no links, a file's name tells none.
+        """
         path, item = self.folder / file, self.listed[file]
-        if item.lfs:
-            intact = sha256_of(path, told) == item.lfs.sha256
+        if item is None:
+            expected = path.resolve().name
+        else:
+            expected = item.lfs.sha256 if item.lfs else item.blob_id or ""
+        if not _HASH.fullmatch(expected):
+            return
+        if len(expected) == 64:
+            found = sha256_of(path, told)
         else:
             content = path.read_bytes()
             git_hash = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-            intact = item.blob_id in (None, git_hash.hexdigest())
-        if not intact:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{self.name}: {file} has another checksum than the hub states; it was removed,"
-                " export again to download it again"
-            )
+            found = git_hash.hexdigest()
+        if found == expected:
+            return
+        if self.offline:
+            problem = f"{file} is damaged: its checksum is not the one in its name"
+            raise CheckpointError(f"{self.name}: {problem} in {self.cache}; run without --offline")
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{self.name}: {file} has another checksum than the hub states; it was removed,"
+            " export again to download it again"
+        )
 
     def check_room(self, files: Sequence[str], notice: Notice | None, then: Room | None) -> None:
         """Tell how much is to be downloaded, and refuse where that or what follows has no room."""
