@@ -8,6 +8,7 @@ answer would differ from the one computed without the cache.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -130,6 +131,9 @@ class TileCache:
                 return self._held[key]
         payload = self._store.read(_KIND, key) if self._store else None
         if payload is None:
+            return None
+        if payload.nbytes != 4 * math.prod(shape):  # not what was written under this key
+            self._store.drop(_KIND, key)
             return None
         rows = payload.view(np.float32).reshape(shape)
         self._hold(key, rows)
