@@ -3,11 +3,11 @@
     python -m tests.stress --minutes 20
 
 In a round, a model is loaded and each thread asks 25 questions in an order of its own, with
-``ask``, ``stream``, ``chat``, ``encode`` or in a loop of asyncio. Some are cancelled or closed on the way,
-by another thread, and in every other round so is the model. What is answered all the same has to be
-what was answered before, one question after the other and without a cache. Memory is that of the
-process, looked at ten times a second; its peak in the last third of the rounds may be 5 % over that
-in the first. A hang ends in the traces of all threads.
+``ask``, ``stream``, ``chat``, ``encode`` or in a loop of asyncio. Some are cancelled or closed on
+the way, by another thread, and in every other round so is the model. What is answered all the same
+has to be what was answered before, one question after the other and without a cache. Memory is that
+of the process, looked at ten times a second; its peak in the last third of the rounds may be 5 %
+over that in the first. A hang ends in the traces of all threads.
 """
 
 from __future__ import annotations

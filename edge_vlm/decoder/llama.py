@@ -102,11 +102,13 @@ def load_model(path: Path, params: Any, *, mapped: bool) -> Any:
 
     params.progress_callback = api().llama_progress_callback(on_progress)
     load, name = api().llama_model_load_from_file, str(path).encode()
-    if threading.current_thread() is not threading.main_thread():
-        return load(name, params)
     with ThreadPoolExecutor(1) as pool:
         try:
-            return pool.submit(load, name, params).result()
+            loading = pool.submit(load, name, params)
+        except RuntimeError:  # the main thread has ended, and Ctrl-C with it
+            return load(name, params)
+        try:
+            return loading.result()
         except BaseException:
             stopped.set()
             raise
