@@ -129,8 +129,7 @@ class TileCache:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        payload = self._store.read(_KIND, key) if self._store else None
-        if payload is None:
+        if self._store is None or (payload := self._store.read(_KIND, key)) is None:
             return None
         if payload.nbytes != 4 * math.prod(shape):  # not what was written under this key
             self._store.drop(_KIND, key)
