@@ -5,6 +5,7 @@ of its own, because what must not happen is that it crashes or hangs.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,42 @@ print(process.exitcode, "".join(begun), vlm.ask(R, Q))
     assert len(said[1:-2]) == 12
     assert all(line.endswith(" True") for line in said[1:-2]), said
     assert said[-2:] == ["closed DecoderError", "0 3.98 43.98"]
+
+
+@fork
+def test_a_fork_in_the_middle_of_an_answer() -> None:
+    """Locks that other threads hold are held for ever in the child; and so in its own child."""
+    said = lines_of(
+        """
+from concurrent.futures import ProcessPoolExecutor
+vlm = load()
+vlm.ask(R, Q)
+chat, leave = vlm.chat(), threading.Event()
+def work():
+    while not leave.is_set():
+        chat.ask(R, Q)
+        chat.undo()
+        vlm.encode(R)
+def child(deeper):
+    found = [tried(lambda: vlm.ask(R, Q)), tried(lambda: chat.ask(R, Q)), tried(load)]
+    if deeper:
+        with ProcessPoolExecutor(1, mp.get_context("fork")) as pool:
+            found += pool.submit(child, False).result(20)
+    chat.close()
+    vlm.close()
+    return found
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(4):
+    time.sleep(0.05)
+    with ProcessPoolExecutor(1, mp.get_context("fork")) as pool:
+        print(["spawn" in said for said in pool.submit(child, True).result(20)])
+leave.set()
+thread.join()
+print(vlm.ask(R, Q))
+"""
+    )
+    assert said == [*[str([True] * 6)] * 4, "43.98"]
 
 
 @fork
@@ -233,20 +270,59 @@ for work in (lambda: decoder.tokenize("a"), lambda: decoder.piece(1), lambda: de
     assert said == [*[closed] * 6, "43.98", *[closed] * 3]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 1.0])
-def test_the_program_ends_while_a_daemon_thread_asks(seconds: float) -> None:
-    said = lines_of(
+DAEMONS = {
+    "ask": "vlm.ask(R, Q)",
+    "encode": "vlm.encode(numbers.integers(0, 256, (900, 900, 3), np.uint8))",
+    "text": "vlm.ask((), 'Hello', regex='[a-z]{200}', max_tokens=300)",
+    "stream": "list(vlm.stream(R, Q))",
+    "chat": "vlm.chat().ask(R, Q)",
+    "async": "asyncio.run(AsyncEdgeVLM(vlm).ask(R, Q))",
+    "load": "load().ask(R, Q)",
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "seconds"),
+    [*(("ask", seconds) for seconds in (0.1, 0.6, 1.0)), *((what, 0.3) for what in DAEMONS)],
+)
+def test_the_program_ends_while_a_daemon_thread_works(what: str, seconds: float) -> None:
+    result = run(
         f"""
+import numpy as np
+numbers = np.random.default_rng(0)
 vlm = load()
 def work():
     while True:
-        vlm.ask(R, Q)
+        {DAEMONS[what]}
 threading.Thread(target=work, daemon=True).start()
 time.sleep({seconds})
 print("leaving")
 """
     )
-    assert said == ["leaving"]
+    assert (result.returncode, result.stdout) == (0, "leaving\n"), result.stderr
+    if what not in ("async", "load"):  # asyncio and pools say that Python has ended them
+        assert result.stderr == ""
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(0)", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_the_program_ends_with_everything_open(ending: str, tmp_path: Path) -> None:
+    result = run(
+        f"""
+import signal
+settings = MachineSettings(cache={os.fspath(tmp_path)!r})
+vlm, other = load(), load()
+chat, begun, waiting = vlm.chat(), vlm.stream(R, Q), vlm.stream(R, Q)
+encoded = vlm.encode(R)
+print(chat.ask(R, Q), next(begun), other.ask(encoded, Q), flush=True)
+{ending}
+"""
+    )
+    assert result.stdout == "43.98 4 43.98\n"
+    if "SIGINT" in ending:
+        assert result.returncode == -signal.SIGINT
+        assert result.stderr.splitlines()[-1] == "KeyboardInterrupt"
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("residency", ["together", "in-turns"])
