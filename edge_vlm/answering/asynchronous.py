@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_vlm.answering.model import Chat, EdgeVLM, Stream
-from edge_vlm.errors import DecoderError
+from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class AsyncStream(_Closing):
 
     def __init__(self, begin: Callable[..., Stream], how: TurnKeywords) -> None:
         self._stream: Stream | None = None
+        self._is_closed = False
         self._given, self._cancel = how.get("cancel"), CancelToken()
         if self._given:
             self._given.listen(self._cancel.set)
@@ -62,10 +63,17 @@ class AsyncStream(_Closing):
         return self
 
     async def __anext__(self) -> str:
+        if self._is_closed:
+            if self._stream and self._stream.is_complete:
+                raise StopAsyncIteration
+            raise DecoderError("the stream was closed")
         try:
             piece = await _in_thread(self._next, self._cancel, self._thread)
-        except BaseException:
+        except BaseException as error:
+            was_closed = self._is_closed
             await self.aclose()
+            if was_closed and isinstance(error, Cancelled):
+                raise DecoderError("the stream was closed") from error
             raise
         if piece is None:
             await self.aclose()
@@ -96,6 +104,7 @@ class AsyncStream(_Closing):
 
     async def aclose(self) -> None:
         """Stop here; what was yielded stays valid."""
+        self._is_closed = True
         self._cancel.set()
         if self._given:
             self._given.forget(self._cancel.set)
@@ -123,7 +132,7 @@ class AsyncChat(_Closing):
         return AsyncStream(partial(self.chat.stream, *asked, keep_partial=keep_partial), how)
 
     async def aclose(self) -> None:
-        """Free the KV cache."""
+        """Stop its answer and free the KV cache."""
         await asyncio.to_thread(self.chat.close)
 
 
@@ -172,7 +181,7 @@ class AsyncEdgeVLM(_Closing):
         return AsyncChat(self.vlm.chat(**options))
 
     async def aclose(self) -> None:
-        """Free the model. Answers and chats that are still open keep it until they end."""
+        """Free the model and close all of it; see ``EdgeVLM.close``."""
         await asyncio.to_thread(self.vlm.close)
 
 

@@ -6,8 +6,10 @@ pictures. A turn that fails or is stopped is taken back as if it had not been as
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,35 +18,75 @@ import numpy as np
 from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, Engine, State, Turn
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.families.base import family_of
+from edge_vlm.machine.process import check_fork
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.picture import EncodedImage, Picture, open_picture, seen_among
 from edge_vlm.planning.budget import budget_positions, limit_tiles
 from edge_vlm.planning.limits import tiles_within
 from edge_vlm.planning.request import ModelSizes
+from edge_vlm.progress import CancelToken, Life
 from edge_vlm.prompt.builder import prompt_ids
 from edge_vlm.prompt.messages import ImagePart, Message, images_of, without_oldest
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer, AskOptions
     from edge_vlm.engines import Context
-    from edge_vlm.progress import CancelToken, OnProgress, Progress
+    from edge_vlm.progress import OnProgress, Progress
 
 _log = logging.getLogger(__name__)
 
 
+class Steps:
+    """What a turn yields, step by step. Any thread may close it."""
+
+    def __init__(self, steps: Generator[str | Answer, None, None], life: Life) -> None:
+        self._steps = steps
+        self._life = life
+        self._alone = threading.Lock()
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> str | Answer:
+        check_fork()
+        if not self._alone.acquire(blocking=False):
+            raise DecoderError("another thread is reading this stream")
+        try:
+            with self._life.call():
+                event = next(self._steps, None)
+        finally:
+            self._alone.release()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def close(self) -> None:
+        """Stop here, or where a thread is that reads it."""
+        self._life.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Conversation:
-    """Turns with one model; use it from one thread at a time."""
+    """Turns with one model, one at a time. Any thread may close it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._cache = Cache()
         self._state = State()
         self._earlier: list[State] = []  # before each of the turns
-        self._busy = False
+        self._turn = threading.Lock()  # held while there is one
+        self._life = Life("the chat", self._cache.close, engine.life)
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The turns so far."""
+        """The turns so far.
+
+        Raises:
+            DecoderError: it was closed.
+        """
+        self._life.check()
         return self._state.messages
 
     @property
@@ -66,7 +108,7 @@ class Conversation:
         *,
         keep_partial: bool = False,
         after: State | None = None,
-    ) -> Iterator[str | Answer]:
+    ) -> Steps:
         """Add messages and answer them: yields pieces of text, at last the ``Answer``.
 
         With ``keep_partial``, an answer that is cancelled after its first token is kept as it is,
@@ -76,31 +118,31 @@ class Conversation:
         Raises:
             InputError: the request is invalid or too large; nothing was computed.
             Cancelled: ``cancel`` was set.
-            EdgeVLMError: an engine failed.
+            EdgeVLMError: an engine failed, or something was closed.
         """
-        if self._busy:
-            raise DecoderError("this conversation is already answering; finish or close that first")
-        self._busy = True
-        engine, old = self._engine, after or self._state
+        engine, stop = self._engine, CancelToken()
         turn = Turn(
-            engine, self._cache, options, progress or _ignore, cancel, keep_partial=keep_partial
+            engine, self._cache, options, progress or _ignore, stop, keep_partial=keep_partial
         )
-        try:
-            pictures = self._pictures(old, new, options.max_tiles, options.within)
-            self._state = yield from turn.run(old, new, pictures)
-            if after is None:
-                self._earlier.append(old)
-        finally:
-            self._busy = False
-            if engine.store:
-                engine.store.flush()
+
+        def steps() -> Generator[str | Answer, None, None]:
+            with self._one_turn(), stop.following(cancel):
+                old = after or self._state
+                try:
+                    pictures = self._pictures(old, new, options.max_tiles, options.within)
+                    self._state = yield from turn.run(old, new, pictures)
+                    if after is None:
+                        self._earlier.append(old)
+                finally:
+                    if engine.store:
+                        engine.store.flush()
+
+        generator = steps()
+        return Steps(generator, Life("the stream", generator.close, self._life, stop))
 
     def close(self) -> None:
-        """Free the KV cache."""
-        if self._cache.context:
-            self._cache.context.close()
-        self._cache = Cache()
-        self.restart()
+        """Stop its turn and free the KV cache; every use is refused from now on."""
+        self._life.close()
 
     def restart(self, messages: Sequence[Message] = (), *, max_tiles: int | None = None) -> None:
         """Begin again, with turns that were had elsewhere; what is cached is used where it fits.
@@ -108,19 +150,21 @@ class Conversation:
         Raises:
             InputError: one of their pictures cannot be read; nothing changed.
         """
-        pictures = self._pictures(State(), messages, max_tiles)
-        self._state = State(messages=tuple(messages), pictures=pictures)
-        self._earlier = []
+        with self._alone():
+            pictures = self._pictures(State(), messages, max_tiles)
+            self._state = State(messages=tuple(messages), pictures=pictures)
+            self._earlier = []
 
     def undo(self) -> tuple[Message, ...]:
         """Take the last turn back and return its messages; none if there was none."""
-        before = self._before_last()
-        if before is None:
-            return ()
-        taken = self._state.messages[len(before.messages) :]
-        self._state = before
-        self._earlier = self._earlier[:-1]
-        return taken
+        with self._alone():
+            before = self._before_last()
+            if before is None:
+                return ()
+            taken = self._state.messages[len(before.messages) :]
+            self._state = before
+            self._earlier = self._earlier[:-1]
+            return taken
 
     def retry(
         self,
@@ -129,13 +173,14 @@ class Conversation:
         cancel: CancelToken | None = None,
         *,
         keep_partial: bool = False,
-    ) -> Iterator[str | Answer]:
+    ) -> Steps:
         """Answer the last question again, as ``turn``; until that is done the old answer stays.
 
         Raises:
             PromptError: there was none.
         """
-        before = self._before_last()
+        with self._alone():
+            before = self._before_last()
         if before is None:
             raise PromptError("there is no question to answer again")
         new = [m for m in self._state.messages[len(before.messages) :] if m.role != "assistant"]
@@ -145,8 +190,11 @@ class Conversation:
         """How many of the oldest questions to drop so that ``new`` fits: as few as leave a quarter
         of the context free, else as few as will do; None if no number would.
         """
-        engine, state = self._engine, self._state
-        settings = engine.settings
+        with self._alone():
+            return self._n_to_drop(new, options)
+
+    def _n_to_drop(self, new: Sequence[Message], options: AskOptions) -> int | None:
+        engine, state, settings = self._engine, self._state, self._engine.settings
         allowed = budget_positions(engine.manifest.decoder, settings.kv_budget, settings.kv_type)
         pictures = self._pictures(state, new, options.max_tiles)
         first = None
@@ -166,18 +214,40 @@ class Conversation:
 
         Returns the pictures where there is no next question: give them with the new one.
         """
-        messages = without_oldest(self._state.messages, n_questions)
-        left = tuple(
-            part
-            for message in self._state.messages
-            for part in message.parts
-            if isinstance(part, ImagePart)
-        )
-        kept = len(images_of(messages))
-        pictures = self._state.pictures if kept else ()
-        self._state = State(messages=messages, pictures=pictures)
-        self._earlier = []
-        return () if kept else left
+        with self._alone():
+            messages = without_oldest(self._state.messages, n_questions)
+            left = tuple(
+                part
+                for message in self._state.messages
+                for part in message.parts
+                if isinstance(part, ImagePart)
+            )
+            kept = len(images_of(messages))
+            pictures = self._state.pictures if kept else ()
+            self._state = State(messages=messages, pictures=pictures)
+            self._earlier = []
+            return () if kept else left
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what reads or changes the state; errors as ``_one_turn`` and ``Life.call``."""
+        with self._life.call(), self._one_turn():
+            yield
+
+    @contextlib.contextmanager
+    def _one_turn(self) -> Iterator[None]:
+        """Nothing else happens to the conversation meanwhile.
+
+        Raises:
+            DecoderError: another thread is at it, or a stream was not read to its end.
+        """
+        check_fork()
+        if not self._turn.acquire(blocking=False):
+            raise DecoderError("this conversation is already answering; finish or close that first")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _before_last(self) -> State | None:
         """The state before the last turn, which may be one that was loaded."""

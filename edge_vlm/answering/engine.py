@@ -16,6 +16,7 @@ from edge_vlm.pictures.picture import TileCache
 from edge_vlm.planning.limits import within_memory
 from edge_vlm.planning.request import ModelSizes
 from edge_vlm.planning.tuning import engines_for, load_tuning
+from edge_vlm.progress import Life
 from edge_vlm.prompt.builder import PrefixCache, PromptBuilder
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def load_engine(
     decoder = decoder or _llama(bundle, settings, engines, in_turns, is_tried)
     vision = vision or _onnxruntime(bundle, settings, engines, decoder.release)
     store = open_store(settings)
+    llama, onnxruntime = decoder, vision
+
+    def free() -> None:
+        llama.close()
+        onnxruntime.release()
+
     tile_identity = {**vision.identity, "cpu": cpu_identity()}
     prefix_identity = {**tile_identity, **decoder.identity}
     return Engine(
@@ -65,6 +72,7 @@ def load_engine(
         tiles=TileCache(vision, tile_identity, settings.tile_memory, store),
         prefixes=PrefixCache(store, prefix_identity) if store else None,
         store=store,
+        life=Life("the model", free),
         load_seconds=time.perf_counter() - started - decoder.load_seconds,
         in_turns=in_turns,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from edge_vlm.answering.answer import (
@@ -13,15 +13,16 @@ from edge_vlm.answering.answer import (
     RequestKeywords,
     TurnKeywords,
 )
-from edge_vlm.answering.conversation import Conversation
+from edge_vlm.answering.conversation import Conversation, Steps
 from edge_vlm.answering.engine import load_engine
 from edge_vlm.bundle.find import find_bundle
 from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.errors import DecoderError, PromptError
+from edge_vlm.machine.process import check_fork
 from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage, encode_pictures, open_picture
 from edge_vlm.planning.budget import limit_tiles
-from edge_vlm.progress import CancelToken, OnProgress, Progress
+from edge_vlm.progress import CancelToken, Life, OnProgress, Progress
 from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 
 class Closing:
-    """``with`` closes."""
+    """``with`` closes. Any thread may close; every use is then an error, also one that goes on."""
 
     def close(self) -> None:
-        """Free what is held."""
+        """Stop what goes on, and free what is held behind it."""
 
     def __enter__(self) -> Self:
         return self
@@ -47,9 +48,7 @@ class Closing:
 class Stream(Closing):
     """Pieces of an answer as they are generated; afterwards ``answer`` holds all of it."""
 
-    def __init__(
-        self, events: Iterator[str | Answer], on_close: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, events: Steps, on_close: Callable[[], None] = lambda: None) -> None:
         self._events = events
         self._on_close = on_close
         self._answer: Answer | None = None
@@ -58,6 +57,8 @@ class Stream(Closing):
         return self
 
     def __next__(self) -> str:
+        if self._answer is not None:
+            raise StopIteration
         try:
             event = next(self._events)
             if isinstance(event, str):
@@ -68,6 +69,11 @@ class Stream(Closing):
             self.close()
             raise
         raise RuntimeError("a turn goes on after its answer")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it was read to its end."""
+        return self._answer is not None
 
     @property
     def answer(self) -> Answer:
@@ -89,14 +95,12 @@ class Stream(Closing):
 
     def close(self) -> None:
         """Stop here; what was yielded stays valid."""
-        getattr(self._events, "close", lambda: None)()
-        if self._on_close:
-            self._on_close()
-            self._on_close = None
+        self._events.close()
+        self._on_close()
 
 
 class Chat(Closing):
-    """A conversation; made by ``EdgeVLM.chat``. Use it from one thread at a time.
+    """A conversation; made by ``EdgeVLM.chat``. It does one thing at a time.
 
     Pictures come first and the question last, as everywhere; a question alone is enough.
     """
@@ -192,7 +196,7 @@ class Chat(Closing):
         return self.conversation.messages
 
     def close(self) -> None:
-        """Free the KV cache."""
+        """Stop its answer and free the KV cache."""
         self.conversation.close()
 
     def _request(
@@ -284,6 +288,7 @@ class EdgeVLM(Closing):
             if progress:
                 progress(Progress("verify", done, total))
 
+        check_fork()
         settings = settings or MachineSettings.from_environment()
         bundle = Bundle.open(find_bundle(model))
         return cls(bundle, load_engine(bundle, settings, report, vision, decoder))
@@ -298,11 +303,13 @@ class EdgeVLM(Closing):
         """The parts it is made of.
 
         Raises:
-            DecoderError: it was closed.
+            DecoderError: it was closed, or this process was forked off one that had used a model.
         """
-        if self._engine is None:
+        check_fork()
+        engine = self._engine
+        if engine is None:
             raise DecoderError("the model was closed")
-        return self._engine
+        return engine
 
     def ask(
         self, images: Any = (), question: str | None = None, **how: Unpack[RequestKeywords]
@@ -364,15 +371,17 @@ class EdgeVLM(Closing):
         engine, wanted = self.engine, options_of({"max_tiles": max_tiles})
         limits = [n for n in (wanted.max_tiles, engine.settings.max_tiles) if n is not None]
         processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
-        picture = open_picture(image, processor, 1, engine)
-        try:
-            encode_pictures([picture], engine.tiles, progress or (lambda _: None), cancel)
-        finally:
-            if engine.in_turns:
-                engine.vision.release()
-        if engine.store:
-            engine.store.flush()
-        return picture.encoded(engine.tiles.model)
+        life = Life("the model", part_of=engine.life)
+        with life.call(), life.cancel.following(cancel):
+            picture = open_picture(image, processor, 1, engine)
+            try:
+                encode_pictures([picture], engine.tiles, progress or _ignore, life.cancel)
+            finally:
+                if engine.in_turns:
+                    engine.vision.release()
+            if engine.store:
+                engine.store.flush()
+            return picture.encoded(engine.tiles.model)
 
     def chat(self, **options: Unpack[AskKeywords]) -> Chat:
         """A conversation that keeps its KV cache: a follow-up costs only its own tokens.
@@ -382,7 +391,11 @@ class EdgeVLM(Closing):
         return Chat(Conversation(self.engine), options)
 
     def close(self) -> None:
-        """Free the model. Answers and chats that are still open keep it until they end."""
-        if self._engine:
-            self._engine.decoder.close()
-        self._engine = None
+        """Free the model, and close all chats and streams of it; answers that go on are stopped."""
+        engine, self._engine = self._engine, None
+        if engine:
+            engine.life.close()
+
+
+def _ignore(_: Progress) -> None:
+    pass

@@ -16,7 +16,7 @@ from edge_vlm.families.base import family_of
 from edge_vlm.machine.memory import peak_rss_bytes
 from edge_vlm.pictures.picture import Crops, Picture, TileCache, encode_pictures
 from edge_vlm.planning.budget import budget_positions, check_budget, limit_tiles
-from edge_vlm.progress import CancelToken, OnProgress, Progress
+from edge_vlm.progress import CancelToken, Life, OnProgress, Progress
 from edge_vlm.prompt.builder import (
     PrefixCache,
     PromptBuilder,
@@ -56,6 +56,7 @@ class Engine:
     tiles: TileCache
     prefixes: PrefixCache | None
     store: Store | None  # of both
+    life: Life  # of the model
     load_seconds: float  # without what is loaded later
     in_turns: bool = False  # see RESIDENCIES
 
@@ -97,6 +98,12 @@ class Cache:
     context: Context | None = None
     resident: tuple[int | bytes, ...] = ()  # see ``builder.identity``
 
+    def close(self) -> None:
+        """Free the KV cache."""
+        if self.context:
+            self.context.close()
+        self.context, self.resident = None, ()
+
 
 class Turn:
     """One question and its answer.
@@ -116,7 +123,7 @@ class Turn:
         cache: Cache,
         options: AskOptions,
         progress: OnProgress,
-        cancel: CancelToken | None,
+        cancel: CancelToken,
         *,
         keep_partial: bool,
     ) -> None:
@@ -220,7 +227,8 @@ class Turn:
         if self._cache.context is None:
             self._cache.context = engine.decoder.context(n_prompt + max_tokens)
         else:
-            self._cache.context.reserve(n_prompt + max_tokens)
+            with engine.decoder.working():
+                self._cache.context.reserve(n_prompt + max_tokens)
         if choices and max_tokens < wanted:
             raise BudgetError("the choices do not fit the KV-cache budget behind this prompt")
         return self._cache.context, max_tokens
@@ -239,14 +247,14 @@ class Turn:
         held = identity(ids, pictures)
         n_kept = common_prefix(held, self._cache.resident)
         self._cache.resident = held[:n_kept]  # also if this turn is stopped
-        context.truncate(n_kept)  # also what a turn that was stopped has left
-        if self._cancel:
-            self._cancel.check()
-        n_kept = context.n_positions  # fewer, if a picture would have been cut that cannot be
         n_restored = end = 0
-        if n_kept == 0:
-            n_restored = self._restore(context, ids, pictures)
-            end = max(picture_ends(ids), default=0)
+        with self._engine.decoder.working():
+            context.truncate(n_kept)  # also what a turn that was stopped has left
+            self._cancel.check()
+            n_kept = context.n_positions  # fewer, if a picture would have been cut that cannot be
+            if n_kept == 0:
+                n_restored = self._restore(context, ids, pictures)
+                end = max(picture_ends(ids), default=0)
         n_kept += n_restored
         crops = self._encode(pictures, ids[n_kept:])
         return _Prompt(context, ids, held, pictures, n_kept, n_restored, end, crops)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from edge_vlm.errors import BundleError, EdgeVLMError
 from edge_vlm.machine.folders import cache_folder, write_file
+from edge_vlm.machine.store import open_regular
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
@@ -101,7 +102,8 @@ def _stamp_file(bundle: Bundle) -> Path:
 
 def _read_stamps(bundle: Bundle) -> dict[str, list[str | int]]:
     try:
-        data = json.loads(_stamp_file(bundle).read_bytes())
+        with open_regular(_stamp_file(bundle)) as file:
+            data = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

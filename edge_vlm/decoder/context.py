@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import weakref
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.decoder import llama
-from edge_vlm.decoder.llama import N_SEQUENCES, cell_positions, copy_cells, move_cells
+from edge_vlm.decoder.llama import (
+    N_SEQUENCES,
+    cell_positions,
+    copy_cells,
+    free_with,
+    move_cells,
+)
 from edge_vlm.errors import Cancelled, DecoderError
 from edge_vlm.machine import process
 from edge_vlm.machine.engine_settings import (
@@ -80,7 +87,8 @@ class Context:
         self._api = weights.api
         self._closed = False
         self._context: Any = None
-        self._free: weakref.finalize[..., Context] | None = None
+        self._free: Callable[[], object] | None = None
+        self._guard = threading.Lock()  # of closing and parking, which other threads may do
         self._capacity = context_size(n_positions)
         self._parked: UInt8 | None = None
         self._at: list[int] = []  # the (temporal) position of each cell, never falling
@@ -152,9 +160,10 @@ class Context:
         """Replace what is cached; false, and nothing cached, if it does not fit."""
         self._arrange()
         self._at, self._next = [], 0
-        if self._fill(self._open(), state):
-            self._at, self._next = cell_positions(state, self._weights.has_mrope)
-            return True
+        if len(state) and self._fill(self._open(), state):
+            with contextlib.suppress(DecoderError):  # llama.cpp took what it did not write
+                self._at, self._next = cell_positions(state, self._weights.has_mrope)
+                return True
         self._api.llama_memory_seq_rm(self._memory(), 0, -1, -1)
         return False
 
@@ -220,9 +229,10 @@ class Context:
 
     def close(self) -> None:
         """Free the KV cache."""
-        self._closed = True
-        self._drop()
-        self._at, self._next, self._parked = [], 0, None
+        with self._guard:
+            self._closed = True
+            self._drop()
+            self._at, self._next, self._parked = [], 0, None
         self._on_close()
 
     @property
@@ -232,9 +242,10 @@ class Context:
 
     def park(self) -> None:
         """Keep the content as bytes and free the context, which refers to the weights."""
-        if self._context is not None:
-            self._parked = self.state() if self._at else None
-            self._drop()
+        with self._guard:
+            if self._context is not None:
+                self._parked = self.state() if self._at else None
+                self._drop()
 
     def _drop(self) -> None:
         if self._free:
@@ -252,7 +263,7 @@ class Context:
 
     def _hold(self, context: Any, room: int, flash: bool = False) -> None:
         self._context, self._room, self._flash = context, room, flash
-        self._free = weakref.finalize(self, self._api.llama_free, context)
+        self._free = free_with(self, self._api.llama_free, context)
 
     def _arrange(self, n_rows: int = 0) -> None:
         """Lay the KV cache out for the next ``n_rows`` cells; 0: for an answer.
@@ -338,6 +349,7 @@ class Context:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Rows or ids; ``behind``: their positions, (n,) or (3, n), counted from the next one."""
+        process.note_work()
         self._arrange(len(rows))
         api, context = self._api, self._open()
         at = np.arange(len(rows), dtype=np.int32) if behind is None else behind

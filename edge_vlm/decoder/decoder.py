@@ -49,6 +49,7 @@ class LlamaDecoder:
         logs: bool = False,
         is_checked: bool = False,
     ) -> None:
+        process.check_fork()
         engines = engines or untuned(bundle.manifest.decoder.precision)
         self._settings = ContextSettings(engines, kv_type, kv_budget)
         self._closed = False
@@ -145,11 +146,12 @@ class LlamaDecoder:
         Raises:
             DecoderError: the model was closed.
         """
-        if self._closed:
-            raise DecoderError("the model was closed")
-        context = Context(self._weights, self._settings, n_positions, self._unload_if_unused)
-        self._contexts.add(context)
-        return context
+        with self._guard:
+            if self._closed:
+                raise DecoderError("the model was closed")
+            context = Context(self._weights, self._settings, n_positions, self._free_if_unused)
+            self._contexts.add(context)
+            return context
 
     def sampler(self, *, temperature: float, top_p: float, min_p: float, seed: int) -> Sampler:
         """Use it in a ``with`` statement; see ``Sampler``."""
@@ -158,11 +160,16 @@ class LlamaDecoder:
     def close(self) -> None:
         """Free the weights, or leave that to the last context that is still open."""
         self._closed = True
-        self._unload_if_unused()
+        self._free_if_unused()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """``release`` does nothing meanwhile, and its threads are patient with each other."""
+        """``release`` does nothing meanwhile, and its threads are patient with each other.
+
+        Raises:
+            DecoderError: see ``process.check_fork``.
+        """
+        process.note_work()
         with self._guard:
             self._n_working += 1
         engines, waiting = self._settings.engines, self._weights.waiting
@@ -186,9 +193,10 @@ class LlamaDecoder:
                 self._weights.unload()
                 give_back_memory()
 
-    def _unload_if_unused(self) -> None:
-        if self._closed and not any(context.is_open for context in self._contexts):
-            self._weights.unload()
+    def _free_if_unused(self) -> None:
+        with self._guard:
+            if self._closed and not any(context.is_open for context in self._contexts):
+                self._weights.close()
 
 
 class Sampler:

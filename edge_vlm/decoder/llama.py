@@ -11,10 +11,12 @@ follow ``llama_kv_cache::state_write``.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -99,11 +101,14 @@ def load_model(path: Path, params: Any, *, mapped: bool) -> Any:
         return not stopped.is_set()
 
     params.progress_callback = api().llama_progress_callback(on_progress)
+    load, name = api().llama_model_load_from_file, str(path).encode()
     with ThreadPoolExecutor(1) as pool:
         try:
-            return pool.submit(
-                api().llama_model_load_from_file, str(path).encode(), params
-            ).result()
+            loading = pool.submit(load, name, params)
+        except RuntimeError:  # the main thread has ended, and Ctrl-C with it
+            return load(name, params)
+        try:
+            return loading.result()
         except BaseException:
             stopped.set()
             raise
@@ -130,6 +135,23 @@ def never_abort() -> Any:
 @cache
 def _patience() -> Patience:
     return Patience(api()._lib)
+
+
+def free_with(owner: object, free: Callable[[Any], None], pointer: Any) -> Callable[[], object]:
+    """Free something of llama.cpp's with its owner, or when what is returned is called.
+
+    Not at the end of the program, when a thread may still use it, and not in a forked child, whose
+    copy of a context has no threads to end.
+    """
+    made_in = os.getpid()
+
+    def free_here() -> None:
+        if os.getpid() == made_in:
+            free(pointer)
+
+    finalizer = weakref.finalize(owner, free_here)
+    finalizer.atexit = False
+    return finalizer
 
 
 class Weights:
@@ -168,17 +190,31 @@ class Weights:
         self._guard = threading.RLock()
         self._model: Any = None
         # Freed when unloaded or forgotten, but never under a context, which keeps a reference.
-        self._free: weakref.finalize[..., Weights] | None = None
+        self._free: Callable[[], object] | None = None
+        self._closed = False
+        if self.n_gpu_layers:
+            process.note_work()
         if in_turns:
             vocabulary = self._load(vocab_only=True)
-            weakref.finalize(self, self.api.llama_model_free, vocabulary)
+            free_with(self, self.api.llama_model_free, vocabulary)
         else:
             vocabulary = self.model()
         # A token of M-RoPE has three positions: temporal, height and width.
         kinds = self.api.LLAMA_ROPE_TYPE_MROPE, self.api.LLAMA_ROPE_TYPE_IMROPE
         self.has_mrope: bool = self.api.llama_model_rope_type(vocabulary) in kinds
-        self.vocab = self.api.llama_model_get_vocab(vocabulary)
+        self._vocab = self.api.llama_model_get_vocab(vocabulary)
         self.template = self.api.llama_model_chat_template(vocabulary, None)
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary.
+
+        Raises:
+            DecoderError: it was freed.
+        """
+        if self._closed:
+            raise DecoderError("the model was closed")
+        return self._vocab
 
     @property
     def n_ids(self) -> int:
@@ -195,12 +231,15 @@ class Weights:
 
         Raises:
             BundleError: as for the class.
+            DecoderError: it was freed for good.
         """
         with self._guard:
+            if self._closed:
+                raise DecoderError("the model was closed")
             if self._model is None:
                 started = time.perf_counter()
                 self._model = model = self._load(vocab_only=False)
-                self._free = weakref.finalize(self, self.api.llama_model_free, model)
+                self._free = free_with(self, self.api.llama_model_free, model)
                 self._check_geometry()
                 if self.in_turns:
                     self.load_seconds += time.perf_counter() - started
@@ -208,9 +247,16 @@ class Weights:
 
     def unload(self) -> None:
         """Free the matrices."""
-        if self._free:
-            self._free()
-        self._free = self._model = None
+        with self._guard:
+            if self._free:
+                self._free()
+            self._free = self._model = None
+
+    def close(self) -> None:
+        """Free the matrices for good."""
+        with self._guard:
+            self._closed = True
+            self.unload()
 
     def _load(self, *, vocab_only: bool) -> Any:
         api = self.api

@@ -1,5 +1,5 @@
-"""What is one for the whole process: variables that libraries read when they are loaded, and
-llama.cpp's log. Nothing else in the package changes the process.
+"""What is one for the whole process: variables that libraries read when they are loaded,
+llama.cpp's log, and what does not survive a fork. Nothing else in the package changes the process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
+
+from edge_vlm.errors import DecoderError
 
 _OMP = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000000"}  # about half a second
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -92,3 +95,47 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
 
 # What llama.cpp is given as its log's receiver.
 llama_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_on_log)
+
+
+_worked_in: int | None = None  # the process that has the engines' threads
+_kept: WeakSet[Any] = WeakSet()
+
+
+def check_fork() -> None:
+    """Refuse what would wait for ever for threads of OpenMP, which a fork leaves behind.
+
+    Raises:
+        DecoderError: this process was forked off one in which an engine had worked.
+    """
+    if _worked_in not in (None, os.getpid()):
+        raise DecoderError(
+            "this process was forked off one that had used a model, and a model's threads stay"
+            ' behind: start it by spawn (multiprocessing.get_context("spawn"), gunicorn without'
+            " --preload, celery --pool=solo or threads), or fork before the first question"
+        )
+
+
+def note_work() -> None:
+    """An engine works: from now on it has threads here.
+
+    Raises:
+        DecoderError: as ``check_fork``.
+    """
+    global _worked_in
+    check_fork()
+    _worked_in = os.getpid()
+
+
+def keep_in_children(thing: Any) -> Any:
+    """The same thing, which a forked child never destroys: that would wait for its threads."""
+    _kept.add(thing)
+    return thing
+
+
+def _in_child() -> None:
+    for thing in _kept:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -25,6 +25,7 @@ import stat
 import struct
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ _MAGIC = b"edge-vlm"
 _DIGEST_BYTES = 16
 _HEADER_BYTES = _HEADER.size + _DIGEST_BYTES
 _BLOCK = 4096  # files take whole blocks of the disk
-_LOCK_SECONDS = 10.0
+_LOCK_SECONDS = 1.0  # once; then nothing is written while another process holds the lock
+_CLEAR_SECONDS = 10.0
+# Only a regular file is read: opening a named pipe would wait for ever, a link leads elsewhere.
+_READ_FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY")
+)
 
 UInt8 = npt.NDArray[np.uint8]
 _log = logging.getLogger(__name__)
@@ -114,13 +120,15 @@ class Store:
         self._writer: ThreadPoolExecutor | None = None
         self._waiting: list[Future[None]] = []
         self._guard = threading.Lock()
+        self._pid = os.getpid()
+        self._patience = _LOCK_SECONDS
         self._warned = False
 
     def read(self, kind: str, key: bytes) -> UInt8 | None:
         """The payload of an entry, or None; a damaged or foreign one is dropped."""
         path = self._path(kind, key)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self._check_owner()
                 payload = _read_checked(file, kind, key)
                 if payload is None:
@@ -140,23 +148,36 @@ class Store:
     def drop(self, kind: str, key: bytes) -> None:
         """Remove an entry."""
         with contextlib.suppress(OSError):
-            self._path(kind, key).unlink()
+            _remove(self._path(kind, key))
 
     def write_soon(self, entries: Sequence[Entry]) -> None:
         """Keep entries; a thread writes them. ``flush`` waits for it."""
         if not entries:
             return
+        self._forget_parent()
         with self._guard:
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(1, "edge-vlm cache")
-            self._waiting.append(self._writer.submit(self._write, list(entries)))
+            try:
+                self._waiting.append(self._writer.submit(self._write, list(entries)))
+                return
+            except RuntimeError:  # the main thread has ended: no pool works any more
+                pass
+        self._write(entries)
 
     def flush(self) -> None:
         """Wait until everything is written."""
+        self._forget_parent()
         with self._guard:
             waiting, self._waiting = self._waiting, []
         for future in waiting:
             future.result()
+
+    def _forget_parent(self) -> None:
+        """A fork leaves the thread behind that writes, and what it was to write."""
+        if self._pid != os.getpid():
+            self._pid, self._guard = os.getpid(), threading.Lock()
+            self._writer, self._waiting = None, []
 
     def info(self) -> StoreInfo:
         """What is kept now.
@@ -164,7 +185,7 @@ class Store:
         Raises:
             OSError: the folder cannot be read.
         """
-        files = self._files()
+        files, _ = self._found()
         by_kind = {kind: [f for f in files if f.path.suffix == f".{kind}"] for kind in KINDS}
         return StoreInfo(
             folder=str(self.folder),
@@ -182,26 +203,33 @@ class Store:
         """
         before = self.info()
         if self.folder.is_dir():
-            with self._locked():
-                for file in self._files():
-                    file.path.unlink()
+            with self._locked(_CLEAR_SECONDS):
+                files, others = self._found()
+                for path in [*(file.path for file in files), *others]:
+                    _remove(path)
         return before
 
     def _path(self, kind: str, key: bytes) -> Path:
         return self._entries / f"{key.hex()}.{kind}"
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: Sequence[Entry]) -> None:
         try:
-            self._make_folders()
-            with self._locked():
+            self._make_folder()
+            with self._locked(self._patience):
                 self._write_locked(entries)
         except (OSError, MemoryError) as error:
+            if isinstance(error, TimeoutError):
+                self._patience = 0
             level = logging.INFO if self._warned else logging.WARNING
             self._warned = True
             _log.log(level, "pictures are not cached: %s", error)
 
-    def _write_locked(self, entries: list[Entry]) -> None:
-        files = sorted(self._files(), key=lambda file: file.used_ns, reverse=True)
+    def _write_locked(self, entries: Sequence[Entry]) -> None:
+        files, others = self._found()
+        for path in others:
+            with contextlib.suppress(OSError):
+                _remove(path)
+        files.sort(key=lambda file: file.used_ns, reverse=True)
         known = {file.path for file in files}
         allowed = self._allowed(files)
         used, count = sum(file.size for file in files), len(files)
@@ -244,17 +272,24 @@ class Store:
             with contextlib.suppress(OSError):  # it is renamed if all went well
                 os.unlink(name)
 
-    def _files(self) -> list[_File]:
-        """All entries; debris in ``new`` takes room too but is gone before anything is written."""
-        found = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._entries) as entries:
+    def _found(self) -> tuple[list[_File], list[Path]]:
+        """All entries, and what is none: links, pipes, folders.
+
+        Debris in ``new`` takes room too but is gone before anything is written.
+        """
+        found, others = [], []
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self._entries) as entries,
+        ):
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):  # dropped by another process
-                    info = entry.stat(follow_symlinks=False)
-                    file = _File(Path(entry.path), _on_disk(info.st_size), info.st_mtime_ns)
-                    if not stat.S_ISDIR(info.st_mode):
-                        found.append(file)
-        return found
+                    info, path = entry.stat(follow_symlinks=False), Path(entry.path)
+                    if stat.S_ISREG(info.st_mode):
+                        found.append(_File(path, _on_disk(info.st_size), info.st_mtime_ns))
+                    else:
+                        others.append(path)
+        return found, others
 
     def _allowed(self, files: Sequence[_File]) -> int:
         """The limit as the disk is now."""
@@ -264,14 +299,12 @@ class Store:
         free = shutil.disk_usage(existing).free + sum(file.size for file in files)
         return min(self._limit, free // FREE_DISK_SHARE)
 
-    def _make_folders(self) -> None:
+    def _make_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_owner()
         mode = stat.S_IMODE(self.folder.stat().st_mode)
         if os.name == "posix" and mode & 0o077:
             self.folder.chmod(mode & 0o700)
-        self._entries.mkdir(mode=0o700, exist_ok=True)
-        self._new.mkdir(mode=0o700, exist_ok=True)
 
     def _check_owner(self) -> None:
         """Nobody else's entries are read, also where others may write beside the folder."""
@@ -279,14 +312,43 @@ class Store:
             raise PermissionError(f"{self.folder}: belongs to another user")
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The only writer, with nothing left of killed ones."""
+    def _locked(self, seconds: float) -> Iterator[None]:
+        """The only writer, with nothing left of killed ones; waits so long for others.
+
+        Raises:
+            TimeoutError: another process kept the lock.
+        """
         from filelock import FileLock
 
-        with FileLock(self.folder / "lock", timeout=_LOCK_SECONDS, mode=0o600):
+        # On a disk that has no locks, filelock makes do with the file, and says so.
+        warnings.filterwarnings("ignore", "flock not supported", UserWarning)
+        path = self.folder / "lock"
+        try:
+            lock = FileLock(path, timeout=seconds, mode=0o600).acquire()
+        except TimeoutError:
+            raise TimeoutError(f"{path}: another process holds it") from None
+        with lock:
+            for folder in (self._entries, self._new):
+                if not folder.is_dir():
+                    _remove(folder)
+                    folder.mkdir(mode=0o700)
             for path in self._new.iterdir():
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    _remove(path)
             yield
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """To read. Another process may put anything there between two looks.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, _READ_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _read_checked(file: BufferedReader, kind: str, key: bytes) -> UInt8 | None:
@@ -306,6 +368,14 @@ def _read_checked(file: BufferedReader, kind: str, key: bytes) -> UInt8 | None:
     payload = np.empty(size, np.uint8)
     is_whole = file.readinto(payload.data) == size
     return payload if is_whole and xxhash.xxh3_128_digest(payload.data) == checksum else None
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is, and nothing that it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _on_disk(size: int) -> int:

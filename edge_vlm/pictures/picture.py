@@ -8,6 +8,7 @@ answer would differ from the one computed without the cache.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -128,8 +129,10 @@ class TileCache:
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        payload = self._store.read(_KIND, key) if self._store else None
-        if payload is None:
+        if self._store is None or (payload := self._store.read(_KIND, key)) is None:
+            return None
+        if payload.nbytes != 4 * math.prod(shape):  # not what was written under this key
+            self._store.drop(_KIND, key)
             return None
         rows = payload.view(np.float32).reshape(shape)
         self._hold(key, rows)

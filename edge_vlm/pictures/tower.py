@@ -19,7 +19,7 @@ from edge_vlm.errors import BundleError, Cancelled, InputError, VisionError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.engine_settings import EngineSettings, untuned
 from edge_vlm.machine.memory import give_back_memory
-from edge_vlm.machine.process import import_onnxruntime
+from edge_vlm.machine.process import import_onnxruntime, keep_in_children, note_work
 from edge_vlm.machine.providers import CPU, open_session
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class OnnxTower:
                 says.
             InputError: the execution provider that was asked for is not installed.
         """
+        note_work()
         with self._loading:
             if self._session is None:
                 if self._before_load:
@@ -159,7 +160,7 @@ class OnnxTower:
             reason = _first_line(error)
             raise BundleError(f"{path}: onnxruntime cannot load it: {reason}") from error
         self._check_interface(session)
-        return session
+        return keep_in_children(session)
 
     @property
     def providers(self) -> list[str]:
@@ -227,7 +228,11 @@ class OnnxTower:
             while parts or running:
                 left = len(parts) + len(running)
                 while parts and len(running) < (at_the_end if left <= at_the_end else streams):
-                    running.add(pool.submit(run, parts.pop(0)))
+                    part = parts.pop(0)
+                    try:
+                        running.add(pool.submit(run, part))
+                    except RuntimeError:  # there are no more threads, or the main one has ended
+                        yield run(part)
                 ready, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in ready:
                     yield future.result()

@@ -16,6 +16,7 @@ from edge_vlm.families.parts import Printable
 from edge_vlm.machine.engine_settings import EngineSettings
 from edge_vlm.machine.folders import config_folder, write_file
 from edge_vlm.machine.hardware import fingerprint
+from edge_vlm.machine.store import open_regular
 from edge_vlm.planning.speeds import Speeds
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_tuning(manifest: Manifest) -> Tuning | None:
     """What was stored, if anything; a file that is not right is ignored with a warning."""
     path = tuning_file(manifest)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             stored = _Stored.model_validate_json(file.read(MAX_BYTES), strict=True)
         return Tuning(stored.settings, stored.speeds, stored.measured_with, stored.date)
     except FileNotFoundError:

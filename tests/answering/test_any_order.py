@@ -106,9 +106,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.said = []
 
     @rule()
-    def forget_the_cache(self) -> None:
+    def begin_another(self) -> None:
         self.chat.close()
-        self.said = []
+        self.chat, self.said = self.model.chat(max_tokens=6), []
 
     @invariant()
     def holds_what_was_said(self) -> None:

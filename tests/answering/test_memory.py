@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from edge_vlm import Answer, Cancelled, CancelToken, EdgeVLM, Progress
+from edge_vlm import Answer, Cancelled, CancelToken, EdgeVLM, MachineSettings, Progress
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.machine.settings import cpu_identity
-from edge_vlm.machine.store import make_key
+from edge_vlm.machine.store import Entry, Store, make_key
 from edge_vlm.pictures.picture import TileCache
 from edge_vlm.prompt.builder import PrefixCache
 from tests.answering.test_turns import picture
 from tests.fake_engine import FakeEngine
 
+RECEIPT = Path(__file__).parents[2] / "examples" / "images" / "receipt-1.png"
 OLD_CACHE = Path(__file__).parents[1] / "toy" / "old_cache"
 
 
@@ -183,6 +185,42 @@ def test_a_state_that_does_not_fit_is_dropped(fake: FakeEngine, tmp_path: Path) 
         assert (again.restored_tokens, again.encoded_crops, again.cached_crops) == (0, 0, 7)
         assert same(first, again)
         assert model.ask(picture(), "What?", max_tokens=8).restored_tokens == 52
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 4096])
+def test_states_and_tiles_of_another_size_are_dropped(
+    fake: FakeEngine, tmp_path: Path, size: int
+) -> None:
+    """Their checksums are right: somebody else has written them."""
+    with fake.load(cache=tmp_path) as model:
+        first = model.ask(picture(), "What?", max_tokens=8)
+    forge(tmp_path, np.full(size, ord("x"), np.uint8))
+    with fake.load(cache=tmp_path) as model:
+        again = model.ask(picture(), "What?", max_tokens=8)
+        assert (again.restored_tokens, again.encoded_crops) == (0, 7)
+        assert same(first, again)
+    with fake.load(cache=tmp_path) as model:
+        assert model.ask(picture(), "What?", max_tokens=8).restored_tokens == 52
+
+
+def forge(cache: Path, payload: npt.NDArray[np.uint8]) -> None:
+    """Other content for all entries, under their keys."""
+    store = Store(cache / "pictures", 1 << 30)
+    for path in [*entries(cache, "tile"), *entries(cache, "prefix")]:
+        path.unlink()
+        store.write_soon([Entry(path.suffix[1:], bytes.fromhex(path.stem), payload)])
+    store.flush()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("size", [0, 7, 16, 4096])
+def test_llama_cpp_takes_no_state_of_another_size(tmp_path: Path, size: int) -> None:
+    settings = MachineSettings(cache=tmp_path, threads=1)
+    for seed in range(3):  # at first there is none
+        forge(tmp_path, np.random.default_rng(seed).integers(0, 256, size, np.uint8))
+        with EdgeVLM.load("demo", settings=settings) as model:
+            answer = model.ask(RECEIPT, "What is the total?")
+        assert (str(answer), answer.restored_tokens, answer.cached_crops) == ("43.98", 0, 0)
 
 
 def test_other_engines_find_nothing(fake: FakeEngine, tmp_path: Path) -> None:

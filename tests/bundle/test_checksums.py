@@ -69,6 +69,16 @@ def test_a_damaged_memory_is_ignored(folder: Path, content: bytes) -> None:
     assert [path.name for path in memory.parent.iterdir()] == [memory.name]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_its_place_is_not_waited_for(folder: Path) -> None:
+    hashed_by_verify(folder)
+    (memory,) = (cache_folder() / "verified").iterdir()
+    memory.unlink()
+    os.mkfifo(memory)
+    assert hashed_by_verify(folder) == set(FILES)
+    assert hashed_by_verify(folder) == set()
+
+
 def test_no_memory_is_no_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

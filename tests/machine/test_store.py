@@ -7,12 +7,15 @@ import io
 import logging
 import os
 import random
+import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,3 +364,169 @@ def test_several_processes_at_once(folder: Path) -> None:
         process.communicate()
         assert process.returncode == 0
     assert 0 < most <= limit
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1], mode=0o600):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_that_another_process_holds_costs_a_second_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(store, entry(0))
+    command = [sys.executable, "-c", HOLD, str(store.folder / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        seconds = []
+        for number in range(1, 4):
+            started = time.monotonic()
+            write(store, entry(number), entry(10 + number))
+            seconds.append(time.monotonic() - started)
+        assert holds(store, entry(0))  # it is still read
+        holder.communicate()
+    assert 0.9 < seconds[0] < 2.5
+    assert max(seconds[1:]) < 0.5
+    assert caplog.text.count("another process holds it") == 1
+    assert not any(holds(store, entry(number)) for number in range(1, 4))
+    write(store, entry(5))  # and once it is free, it is taken
+    assert holds(store, entry(5))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of POSIX")
+def test_a_disk_without_locks_says_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        write(store, entry(1))
+        write(store, entry(2))
+    assert seen == []
+    assert caplog.text == ""
+    assert holds(store, entry(2))
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def socket_at(path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)  # a socket's path must be short
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def full_folder(path: Path) -> None:
+    (path / "inner").mkdir(parents=True)
+    (path / "inner" / "file").write_bytes(b"x")
+
+
+def link_to_folder(path: Path) -> None:
+    elsewhere = path.parents[2] / "elsewhere"
+    if not elsewhere.exists():
+        full_folder(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def link_to_file(path: Path) -> None:
+    elsewhere = path.parents[2] / "file"
+    elsewhere.write_bytes(b"x")
+    path.symlink_to(elsewhere)
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+FOREIGN: list[Callable[[Path], None]] = [full_folder]
+if os.name == "posix":
+    FOREIGN += [pipe, socket_at, link_to_folder, link_to_file, dangling_link]
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_what_is_no_file_is_neither_opened_nor_kept(
+    store: Store, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the place of an entry, beside the entries, among new files, and in the folders' place."""
+    entries, new = store.folder / "entries", store.folder / "new"
+    write(store, entry(1), entry(2))
+    file_of(store, entry(1)).unlink()
+    make(file_of(store, entry(1)))
+    make(entries / "other")
+    make(new / "left")
+    assert not holds(store, entry(1))
+    write(store, entry(1))
+    assert holds(store, entry(1))
+    assert holds(store, entry(2))
+    assert not os.path.lexists(entries / "other")
+    assert list(new.iterdir()) == []
+    if make is not link_to_folder:  # which may be meant
+        for folder in (entries, new):
+            shutil.rmtree(folder)
+            if make is not full_folder:
+                make(folder)
+        write(store, entry(1))
+        assert holds(store, entry(1))
+    make(entries / "other")
+    make(new / "left")
+    assert store.clear().entries["tile"] >= 1
+    assert list(entries.iterdir()) == list(new.iterdir()) == []
+    assert caplog.text == ""
+    if make is link_to_folder:
+        assert (store.folder.parent / "elsewhere" / "inner" / "file").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_a_link_to_a_right_entry_is_not_followed(store: Store, tmp_path: Path) -> None:
+    write(store, entry(1))
+    path = file_of(store, entry(1))
+    path.rename(tmp_path / "entry")
+    path.symlink_to(tmp_path / "entry")
+    assert not holds(store, entry(1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_writes_with_a_thread_of_its_own(folder: Path) -> None:
+    code = f"""
+import os, signal, warnings
+from concurrent.futures import Future
+from pathlib import Path
+import tests.machine.test_store as t
+warnings.simplefilter("ignore")  # a fork beside threads
+store = t.Store(Path({str(folder)!r}), t.LIMIT)
+t.write(store, t.entry(1))
+store._waiting.append(Future())  # as if the thread had been at work
+if not (child := os.fork()):
+    signal.alarm(20)
+    t.write(store, t.entry(2))
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert t.holds(store, t.entry(1)) and t.holds(store, t.entry(2))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="places of POSIX")
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/null/cache", "/proc/none/cache"])
+def test_a_place_that_cannot_be_costs_a_line(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(Path(place), LIMIT)
+    for number in range(2):
+        assert not holds(store, entry(number))
+        write(store, entry(number))
+    assert caplog.text.count("pictures are not cached") == 1

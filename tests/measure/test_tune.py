@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -102,6 +103,17 @@ def test_a_file_that_is_wrong_is_ignored_with_a_line(
     assert len(caplog.messages) == 1
     assert "ignored" in caplog.messages[0]
     assert caplog.messages[0].isprintable()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_its_place_is_not_waited_for(
+    manifest: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuning_file(manifest)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert load_tuning(manifest) is None
+    assert "no regular file" in caplog.text
 
 
 @pytest.mark.engine

@@ -12,7 +12,7 @@ import pytest
 
 from edge_vlm import Cancelled, CancelToken, VisionError
 from edge_vlm.families.jina_vlm.tiling import JinaTiles, cut_tiles
-from edge_vlm.machine.store import Store
+from edge_vlm.machine.store import Entry, Store
 from edge_vlm.pictures.picture import TileCache
 from tests.fake_engine import FakeTower
 from tests.toy import tower as toy
@@ -177,3 +177,22 @@ def test_rows_that_are_kept_hold_no_others_alive() -> None:
     assert known == 7
     found[:] = 0  # and so is what was returned
     assert np.array_equal(cache.encode(cut(noise()))[0], expected(cut(noise())))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, CROP_BYTES - 4, CROP_BYTES + 4, 2 * CROP_BYTES])
+def test_an_entry_of_another_size_is_computed_again(store: Store, size: int) -> None:
+    """Its checksums are right: somebody else has written it. The markers' too."""
+    tiles = cut(noise())
+    first = Cache(store)
+    wanted, markers = first.encode(tiles)[0], first.markers()
+    store.flush()
+    for path in list((store.folder / "entries").iterdir()):
+        path.unlink()
+        store.write_soon([Entry("tile", bytes.fromhex(path.stem), np.zeros(size, np.uint8))])
+    store.flush()
+    for n_encoded in (first.n_encoded, 0):
+        again = Cache(store)
+        np.testing.assert_array_equal(again.encode(tiles)[0], wanted)
+        np.testing.assert_array_equal(again.markers(), markers)
+        assert again.n_encoded == n_encoded
+        store.flush()
