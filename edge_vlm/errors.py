@@ -20,7 +20,8 @@ from __future__ import annotations
 import os
 import re
 
-_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tab and newline
+# All but tab and newline, also as bytes of names that are not UTF-8.
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\udc80-\udc9f"
 _CONTROL = re.compile(f"[{_CONTROLS}]")
 _CONTROL_OR_BIDI = re.compile(f"[{_CONTROLS}\u202a-\u202e\u2066-\u2069]")
 

@@ -68,6 +68,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 def test_control_characters_are_escaped() -> None:
     assert harmless(EVIL) == ESCAPED
     assert harmless(BIDI) == r"\u202egnp.exe\u2066"
+    assert harmless("\udc9b\udce9") == "\\udc9b\udce9"
     plain = "Ünïcödé 总 \N{CAT FACE}\N{ZERO WIDTH JOINER}\n\tשלום"
     assert harmless(plain) == plain
 
