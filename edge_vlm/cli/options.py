@@ -197,10 +197,12 @@ def machine_settings(options: dict[str, Any]) -> tuple[MachineSettings, dict[str
     """
     engines = ("kv_type", "residency", "ram", "threads")
     others = ("kv_budget", "provider", "gpu_layers", "max_pixels")
+    no_cache = options.pop("no_cache")
     settings = MachineSettings.from_environment(
+        os.environ | ({"EDGE_VLM_CACHE": "off"} if no_cache else {}),
         **{name: options.pop(name) for name in (*engines, *others)},
         image_formats=options.pop("allow_format") or None,
     )
-    if options.pop("no_cache"):
+    if no_cache:
         settings = settings.without_cache()
     return settings, {name: value for name, value in options.items() if value is not None}

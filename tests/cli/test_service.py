@@ -66,6 +66,12 @@ def test_a_home_that_is_none_costs_a_line(home: str) -> None:
     assert not said or "not cached" in said[0]
 
 
+def test_without_a_cache_nothing_is_said_about_it() -> None:
+    ask = (sys.executable, "-m", "edge_vlm", "ask", "-m", "demo", "--no-cache")
+    result = run(*ask, str(RECEIPT), QUESTION, EDGE_VLM_CACHE="~nosuchuser/cache")
+    assert (result.stdout, result.stderr) == ("43.98\n", "")
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
 def test_no_encoding_loses_an_answer(encoding: str) -> None:
     ask = (sys.executable, "-m", "edge_vlm", "ask", "x", "-m", "demo", "--no-cache")
