@@ -19,8 +19,14 @@ def commands_page() -> str:
         "# Commands\n",
         "Written by `python docs/generate_commands.py`; a test compares it with the commands.\n",
         "The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,",
-        "2 for bad usage or input, 130 when stopped with Ctrl-C. Every option can also be set with",
-        "an environment variable `EDGE_VLM_<COMMAND>_<OPTION>`: `EDGE_VLM_ASK_MAX_TOKENS=99`.\n",
+        "2 for bad usage or input, 130 when stopped with Ctrl-C, 143 with SIGTERM. Every option",
+        "can also be set with an environment variable `EDGE_VLM_<COMMAND>_<OPTION>`:",
+        "`EDGE_VLM_ASK_MAX_TOKENS=99`; in paths, `~` is your home there too.\n",
+        "Control characters of answers reach a pipe, never a terminal; those of file names,",
+        "bundles and errors are always written as escapes (`\\x1b`). What the locale's encoding",
+        "lacks is written so too, and no answer is lost. `--json` is valid JSON in every locale.",
+        "A closed stdin, stdout or stderr is `/dev/null`; a folder as stdin is refused by Python",
+        "itself. Without a home that can be written, questions are answered without cache.\n",
     ]
     width = {"max_content_width": 96, "terminal_width": 96}
     root = click.Context(group, info_name="edge-vlm", **width, **group.context_settings)

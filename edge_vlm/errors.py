@@ -18,6 +18,12 @@ library is called; the original stays attached as ``__cause__``.
 from __future__ import annotations
 
 import os
+import re
+
+# All but tab and newline, also as bytes of names that are not UTF-8.
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\udc80-\udc9f"
+_CONTROL = re.compile(f"[{_CONTROLS}]")
+_CONTROL_OR_BIDI = re.compile(f"[{_CONTROLS}\u202a-\u202e\u2066-\u2069]")
 
 
 class EdgeVLMError(Exception):
@@ -71,3 +77,17 @@ def label(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     name = name if len(name) <= 300 else f"{name[:300]}..."
     return name if name.isprintable() else repr(name)
+
+
+def why(error: Exception) -> str:
+    """The reason that an error of the file system gives, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def harmless(text: str, *, bidi: bool = True) -> str:
+    """Text in which control characters are written as escapes, so that none drives a terminal.
+
+    Newlines and tabs stay. With ``bidi`` what turns the direction of text is escaped too.
+    """
+    pattern = _CONTROL_OR_BIDI if bidi else _CONTROL
+    return pattern.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

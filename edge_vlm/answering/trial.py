@@ -148,7 +148,7 @@ def _note(
         "machine": [platform.machine(), platform.system()],
     }
     digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
-    with contextlib.suppress(OSError, RuntimeError):  # without a home
+    with contextlib.suppress(EdgeVLMError):  # without a home
         return cache_folder() / "tried" / digest
     return None
 

@@ -104,7 +104,7 @@ def _read_stamps(bundle: Bundle) -> dict[str, list[str | int]]:
     try:
         with open_regular(_stamp_file(bundle)) as file:
             data = json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, EdgeVLMError):
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -114,8 +114,8 @@ def _write_stamps(bundle: Bundle) -> None:
         name: _stamp(bundle.file(name), record.sha256)
         for name, record in bundle.manifest.files.items()
     }
-    path = _stamp_file(bundle)
     # Only a shortcut for the next time: a full or read-only disk must not fail an answer.
     with contextlib.suppress(OSError, EdgeVLMError):
+        path = _stamp_file(bundle)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(path, json.dumps(stamps).encode(), private=True)

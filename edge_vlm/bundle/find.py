@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from edge_vlm.errors import BundleError, label
-from edge_vlm.machine.folders import WINDOWS_DEVICE, config_folder, platform_folder
+from edge_vlm.errors import BundleError, InputError, label
+from edge_vlm.machine.folders import (
+    ABSENT,
+    WINDOWS_DEVICE,
+    config_folder,
+    platform_folder,
+    user_path,
+)
 
 EMBEDDED = "demo"
 CHOICE_NAME = "model.json"
@@ -16,8 +23,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def bundles_folder() -> Path:
-    """``EDGE_VLM_BUNDLES``, else ``bundles`` in the platform's folder for data."""
-    return Path(os.environ.get("EDGE_VLM_BUNDLES") or platform_folder("data") / "bundles")
+    """``EDGE_VLM_BUNDLES``, else ``bundles`` in the platform's folder for data.
+
+    Raises:
+        InputError: there is no home for it.
+    """
+    folder = os.environ.get("EDGE_VLM_BUNDLES")
+    return user_path(folder) if folder else platform_folder("data", "EDGE_VLM_BUNDLES") / "bundles"
 
 
 def chosen_model() -> str | None:
@@ -26,11 +38,13 @@ def chosen_model() -> str | None:
     Raises:
         BundleError: the file that holds the choice is damaged.
     """
-    path = config_folder() / CHOICE_NAME
     try:
+        path = config_folder() / CHOICE_NAME
+        if not path.is_file():
+            return None
         with path.open("rb") as file:
             choice = json.loads(file.read(1 << 16))["model"]
-    except FileNotFoundError:
+    except (*ABSENT, InputError):  # nobody with such a home has chosen
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         anew = "'edge-vlm use NAME' writes it anew"
@@ -64,7 +78,9 @@ def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
         return Path(choice) if os.path.isabs(choice) else _named(choice)
     if not isinstance(model, str):
         return Path(model)
-    if os.sep in model or (os.altsep and os.altsep in model) or os.path.isdir(model):
+    if os.sep in model or (os.altsep and os.altsep in model):
+        return user_path(model)
+    if os.path.isdir(model):
         return Path(model)
     return _named(model)
 
@@ -72,9 +88,10 @@ def find_bundle(model: str | os.PathLike[str] | None = None) -> Path:
 def _named(model: str) -> Path:
     if not _is_name(model):
         raise BundleError(f"{model[:100]!r}: is not the name of a model")
-    installed = bundles_folder() / model
-    if installed.is_dir():
-        return installed
+    with suppress(*ABSENT, InputError):
+        installed = bundles_folder() / model
+        if installed.is_dir():
+            return installed
     if model == EMBEDDED:
         return embedded_bundle()
     raise BundleError(
@@ -86,7 +103,7 @@ def installed_names() -> list[str]:
     """Names that ``find_bundle`` knows."""
     try:
         found = {path.name for path in bundles_folder().iterdir() if path.is_dir()}
-    except OSError:  # there is no such folder, or it may not be read
+    except (OSError, InputError):  # there is no such folder, or it may not be read
         found = set()
     return sorted({EMBEDDED, *filter(_is_name, found)})
 

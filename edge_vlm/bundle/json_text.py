@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_vlm.errors import EdgeVLMError, label
+from edge_vlm.errors import EdgeVLMError, label, why
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -38,11 +38,6 @@ def read_bounded(path: Path, max_bytes: int, because: Because) -> bytes:
     if len(raw) > max_bytes:
         raise because(f"{label(path)}: is larger than {max_bytes / (1 << 20):g} MiB")
     return raw
-
-
-def why(error: Exception) -> str:
-    """The reason that an error of the file system gives, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def decode(raw: bytes, where: str | Path, because: Because) -> str:

@@ -26,9 +26,9 @@ from pydantic import (
     model_validator,
 )
 
-from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded, why
+from edge_vlm.bundle.json_text import first_problem, parse_json, read_bounded
 from edge_vlm.bundle.report import Report
-from edge_vlm.errors import BundleError, InputError, label
+from edge_vlm.errors import BundleError, InputError, label, why
 from edge_vlm.families.base import DEFAULT, Family, ImageProcessor, Prompt, Tokens, find_family
 from edge_vlm.families.parts import Part, Printable
 from edge_vlm.families.sizes import Decoder, Vision

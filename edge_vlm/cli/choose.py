@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import click
+from edge_vlm.cli.streams import say
 
 if TYPE_CHECKING:
     from edge_vlm.bundle.manifest import Bundle
@@ -25,7 +25,7 @@ def pick_model(model: str | None) -> str | None:
         from edge_vlm.bundle.find import chosen_model
 
         if chosen_model() is None:
-            click.echo(DEMO_LINE, err=True)
+            say(DEMO_LINE)
     return model
 
 

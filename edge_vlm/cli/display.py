@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from edge_vlm.cli.streams import say
+from edge_vlm.errors import harmless
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
@@ -29,9 +32,9 @@ class Steps:
     def say(self, text: str) -> None:
         """Write lines to stderr, above the bars."""
         if self._bars:
-            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bars.console.print(harmless(text), markup=False, highlight=False, soft_wrap=True)
         else:
-            sys.stderr.write(f"{text}\n")
+            say(text)
 
     def show(self, step: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` of a step are done."""
@@ -41,7 +44,7 @@ class Steps:
             self._bars = _bars()
             self._bars.start()
         if step != self._step:
-            self._bars.add_task(step, total=total)
+            self._bars.add_task(harmless(step), total=total)
             self._step = step
         self._bars.update(self._bars.task_ids[-1], completed=done, total=total or None)
 
@@ -69,7 +72,7 @@ def _bars() -> Bars:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(),

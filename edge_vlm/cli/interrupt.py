@@ -1,4 +1,4 @@
-"""Ctrl-C during work in native libraries.
+"""Ctrl-C and SIGTERM during work in native libraries.
 
 Python handles a signal only between its own instructions, so a main thread inside llama.cpp or
 onnxruntime would not notice Ctrl-C for seconds. The work therefore runs in a thread of its own
@@ -11,19 +11,47 @@ import contextlib
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from edge_vlm.cli.display import Display
+from edge_vlm.cli.streams import say
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 Work = Callable[[CancelToken, OnProgress], Iterator[Any]]
 _END = object()
 _PATIENCE_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # on Windows, a wait without end would hold back Ctrl-C
+
+
+class Terminated(SystemExit):
+    """Someone asked the process to end."""
+
+
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """SIGTERM, or the terminal's end, raises ``Terminated``: what is half done is taken back.
+
+    A second one ends the process at once.
+    """
+
+    def on_signal(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(128 + number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        wanted = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        ours = [n for n in wanted if n and signal.getsignal(n) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -49,9 +77,9 @@ def stopping(cancel: CancelToken) -> Iterator[None]:
 def run_interruptibly(work: Work, cancel: CancelToken | None = None) -> Iterator[Any]:
     """Iterate over ``work(cancel, progress)`` in a thread; show its progress, yield the rest.
 
-    Ctrl-C, or closing the generator, sets ``cancel`` and gives the work a second to end; if it
-    cannot (a model is being loaded), or at a second Ctrl-C, the process ends at once. What the work
-    raises is raised here.
+    Ctrl-C, SIGTERM, or closing the generator, sets ``cancel`` and gives the work a second to end;
+    if it cannot (a model is being loaded), or at a second Ctrl-C, the process ends at once. What
+    the work raises is raised here.
     """
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     cancel = cancel or CancelToken()
@@ -76,9 +104,9 @@ def run_interruptibly(work: Work, cancel: CancelToken | None = None) -> Iterator
             else:
                 display.hide()
                 yield event
-    except BaseException:
+    except BaseException as error:
         cancel.set()
-        _stop(thread)
+        _stop(thread, error.code if isinstance(error, Terminated) else 130)
         raise
     finally:
         display.hide()
@@ -93,7 +121,7 @@ def _next(events: queue.SimpleQueue[Any]) -> Any:
             return events.get(timeout=_POLL_SECONDS)
 
 
-def _stop(thread: threading.Thread) -> None:
+def _stop(thread: threading.Thread, code: Any) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
         while thread.is_alive() and time.monotonic() < deadline:
@@ -102,6 +130,5 @@ def _stop(thread: threading.Thread) -> None:
         pass
     if thread.is_alive():
         # Not an orderly exit, which would free memory under native threads that still run.
-        sys.stderr.write("stopped\n")
-        sys.stderr.flush()
-        os._exit(130)
+        say("stopped")
+        os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -9,8 +10,9 @@ from typing import NoReturn
 import click
 
 from edge_vlm import __version__
+from edge_vlm.cli.interrupt import Terminated, terminating
 from edge_vlm.cli.session import Session
-from edge_vlm.errors import EdgeVLMError
+from edge_vlm.cli.streams import prepare, say
 from edge_vlm.plugins import load_plugin, plugins
 
 GROUP = "edge_vlm.commands"  # entry points of other packages, each a click command
@@ -80,42 +82,29 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
     """Run a command line; every error a user can cause ends in one line."""
+    prepare()
     session = Session()
     try:
         try:
-            code = command.main(args, prog_name=name, standalone_mode=False, obj=session)
+            with terminating():
+                code = command.main(args, prog_name=name, standalone_mode=False, obj=session)
         finally:
             session.finish()
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        say(said.getvalue(), end="")
         raise SystemExit(error.exit_code) from None
+    except Terminated:
+        say("stopped")
+        raise
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped", err=True)
+        say("stopped")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader has gone; give the interpreter a stdout that it can flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        _fail(error, session.verbose)
+        raise SystemExit(session.report(error)) from None
     raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def _fail(error: Exception, verbose: bool) -> NoReturn:
-    details: BaseException | None = error
-    if isinstance(error, EdgeVLMError):
-        details, text, code = error.__cause__, str(error), error.exit_code
-    elif isinstance(error, MemoryError):
-        text, code = "not enough memory", 1
-    elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        text, code = f"{where}{error.strerror or error}", 1
-    else:
-        hint = "" if verbose else "; run again with -v for the details and please report it"
-        text, code = f"unexpected {type(error).__name__}: {error}{hint}", 1
-    if verbose and details:
-        import traceback
-
-        click.echo("".join(traceback.format_exception(details)), err=True, nl=False)
-    click.echo(f"{click.style('Error:', fg='red')} {' '.join(text.split())}", err=True)
-    raise SystemExit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import click
 
 from edge_vlm.cli.session import Session
 from edge_vlm.machine.engine_settings import KV_TYPES
+from edge_vlm.machine.folders import user_path
 from edge_vlm.machine.providers import PROVIDER_CHOICES, parse_gpu_layers
 from edge_vlm.machine.settings import RESIDENCIES, MachineSettings, parse_size
 
@@ -30,6 +32,16 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic only in newe
             self.fail(str(error), param, ctx)
 
 
+class UserPath(click.Path):
+    """A path in which ``~`` is the user's home also where no shell saw it, as in a variable."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A ``Path``, or text if ``path_type`` says so."""
+        has_home = os.fspath(value).startswith("~")
+        return super().convert(user_path(value) if has_home else value, param, ctx)
+
+
+FILE = UserPath(path_type=str)
 SIZE = Parsed("size", parse_size)  # bytes, such as 530MB or 0.5GiB
 
 
@@ -185,10 +197,12 @@ def machine_settings(options: dict[str, Any]) -> tuple[MachineSettings, dict[str
     """
     engines = ("kv_type", "residency", "ram", "threads")
     others = ("kv_budget", "provider", "gpu_layers", "max_pixels")
+    no_cache = options.pop("no_cache")
     settings = MachineSettings.from_environment(
+        os.environ | ({"EDGE_VLM_CACHE": "off"} if no_cache else {}),
         **{name: options.pop(name) for name in (*engines, *others)},
         image_formats=options.pop("allow_format") or None,
     )
-    if options.pop("no_cache"):
+    if no_cache:
         settings = settings.without_cache()
     return settings, {name: value for name, value in options.items() if value is not None}

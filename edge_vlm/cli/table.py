@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import click
+from edge_vlm.cli.streams import write
 
 
 def echo_lines(lines: Mapping[str, object], width: int) -> None:
     """Print a line for each label and its value, which begins behind ``width`` characters."""
     for label, value in lines.items():
-        click.echo(f"{label:<{width}} {value}")
+        write(f"{label:<{width}} {value}")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
-from edge_vlm.errors import DecoderError
+from edge_vlm.errors import DecoderError, harmless
 
 _OMP = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000000"}  # about half a second
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
@@ -89,8 +89,8 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     message = text.decode("utf-8", "replace")
     if level == _LOG_ERROR:
         _recent_errors.append(" ".join(message.split())[:300])
-    if _print_logs:
-        sys.stderr.write(message)
+    if _print_logs and sys.stderr:
+        sys.stderr.write(harmless(message))
 
 
 # What llama.cpp is given as its log's receiver.

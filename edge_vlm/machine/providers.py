@@ -121,6 +121,6 @@ def parse_gpu_layers(text: str) -> str | int:
     """
     if text in ("auto", "all"):
         return text
-    if not text.isdecimal() or not 0 <= int(text) <= 1024:
-        raise ValueError(f"{text!r} is not auto, all or a number from 0 to 1024")
+    if not text.isdecimal() or len(text) > 20 or int(text) > 1024:
+        raise ValueError(f"{text[:40]!r} is not auto, all or a number from 0 to 1024")
     return int(text)

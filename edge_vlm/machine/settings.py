@@ -165,9 +165,10 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
+    number = r"\d{1,20}(?:\.\d{1,20})?"
+    match = re.fullmatch(rf"\s*({number})\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
     if not match or (match[3] and not match[2]):
-        raise ValueError(f"{text!r} is not a size such as 530MB or 0.5GiB")
+        raise ValueError(f"{text[:40]!r} is not a size such as 530MB or 0.5GiB")
     power = " kmgt".index(match[2].lower() or " ")
     unit: int = (1024 if match[3] else 1000) ** power
     return round(float(match[1]) * unit)
@@ -178,8 +179,8 @@ def _switch(text: str) -> bool:
 
 
 def _whole_number(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError(f"{text!r} is not a whole number")
+    if not text.strip().isdecimal() or len(text) > 20:
+        raise ValueError(f"{text[:40]!r} is not a whole number in range")
     return int(text)
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from edge_vlm.bundle.json_text import first_problem, why
-from edge_vlm.errors import InputError, label
+from edge_vlm.bundle.json_text import first_problem
+from edge_vlm.errors import InputError, label, why
 from edge_vlm.families.parts import Printable
 from edge_vlm.machine.engine_settings import EngineSettings
-from edge_vlm.machine.folders import config_folder, write_file
+from edge_vlm.machine.folders import ABSENT, config_folder, write_file
 from edge_vlm.machine.hardware import fingerprint
 from edge_vlm.machine.store import open_regular
 from edge_vlm.planning.speeds import Speeds
@@ -73,12 +73,15 @@ def store_tuning(manifest: Manifest, tuning: Tuning) -> Path:
 
 def load_tuning(manifest: Manifest) -> Tuning | None:
     """What was stored, if anything; a file that is not right is ignored with a warning."""
-    path = tuning_file(manifest)
+    try:
+        path = tuning_file(manifest)
+    except InputError:  # no home
+        return None
     try:
         with open_regular(path) as file:
             stored = _Stored.model_validate_json(file.read(MAX_BYTES), strict=True)
         return Tuning(stored.settings, stored.speeds, stored.measured_with, stored.date)
-    except FileNotFoundError:
+    except ABSENT:
         return None
     except ValidationError as error:
         problem = first_problem(error)

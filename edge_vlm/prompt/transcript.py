@@ -25,7 +25,8 @@ def write_transcript(path: Path, messages: Sequence[Message]) -> None:
     """
     text = json.dumps({"messages": openai_messages(messages)}, ensure_ascii=False, indent=1)
     try:
-        write_file(path, f"{text}\n".encode(), private=True)
+        # A name that is not UTF-8 is an escape of JSON.
+        write_file(path, f"{text}\n".encode(errors="backslashreplace"), private=True)
     except EdgeVLMError as error:
         raise PromptError(str(error)) from error
 

@@ -27,7 +27,22 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "-1", "1e9", "1iB", "10 XB", "1..5G", "nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "-1",
+        "1e9",
+        "1iB",
+        "10 XB",
+        "1..5G",
+        "nan",
+        "9" * 400,
+        "9" * 4500,
+        f"0.{'1' * 4500}",
+    ],
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
@@ -50,6 +65,15 @@ def test_settings_from_the_environment() -> None:
 def test_settings_are_checked(bad: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         MachineSettings(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["KV_BUDGET", "MAX_PIXELS", "RAM", "CACHE_SIZE", "THREADS", "MAX_TILES", "GPU_LAYERS"]
+)
+@pytest.mark.parametrize("digits", [20, 28, 400, 4500])
+def test_numbers_of_many_digits_are_out_of_range(name: str, digits: int) -> None:
+    with pytest.raises(InputError, match=f"(?i){name}: .{{,200}}$"):
+        MachineSettings.from_environment({f"EDGE_VLM_{name}": "9" * digits})
 
 
 def test_kv_bytes_of_the_released_model() -> None:

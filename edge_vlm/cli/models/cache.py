@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from edge_vlm.cli.options import output_options, verbose_option
+from edge_vlm.cli.streams import say, write, write_json, write_path
 from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def info(as_json: bool) -> None:
     """Show the folder, its limit and what is in it."""
     store = _store()
     if store is None:
-        click.echo(json.dumps({"enabled": False}) if as_json else "the cache is off")
+        write_json({"enabled": False}) if as_json else write("the cache is off")
         return
     found = store.info()
     if as_json:
-        click.echo(json.dumps({"enabled": True, **dataclasses.asdict(found)}))
+        write_json({"enabled": True, **dataclasses.asdict(found)})
         return
     echo_lines(
         {
@@ -53,11 +53,11 @@ def clear() -> None:
     """Remove everything that is kept."""
     store = _store()
     if store is None:
-        click.echo("the cache is off", err=True)
+        say("the cache is off")
         return
     before = store.clear()
     n_entries = sum(before.entries.values())
-    click.echo(f"removed {n_entries} entries, {before.used_bytes / 1e6:.1f} MB", err=True)
+    say(f"removed {n_entries} entries, {before.used_bytes / 1e6:.1f} MB")
 
 
 @command.command("path")
@@ -67,7 +67,7 @@ def path() -> None:
     store = _store()
     if store is None:
         raise click.UsageError("the cache is off (EDGE_VLM_CACHE)")
-    click.echo(store.folder)
+    write_path(store.folder)
 
 
 def _store() -> Store | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
 from edge_vlm.cli.options import output_options
+from edge_vlm.cli.streams import write_json
 from edge_vlm.cli.table import echo_lines
 
 
@@ -23,7 +23,7 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
     """
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.cli.choose import open_bundle
-    from edge_vlm.errors import BundleError
+    from edge_vlm.errors import BundleError, label
     from edge_vlm.planning.tuning import load_tuning, tuning_line
 
     bundle = open_bundle(model)
@@ -41,7 +41,7 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
             "tuning": dataclasses.asdict(tuning) if tuning else None,
             **manifest.model_dump(),
         }
-        click.echo(json.dumps(data, ensure_ascii=False))
+        write_json(data)
     else:
         processor, decoder = manifest.image_processor, manifest.decoder
         revision = f" at {manifest.model.revision}" if manifest.model.revision else ""
@@ -49,7 +49,7 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
             "model": manifest.model.name,
             "licence": manifest.model.license or "not stated",
             "source": f"{manifest.model.source}{revision}",
-            "folder": str(bundle.path),
+            "folder": label(bundle.path),
             "vision": f"{manifest.vision.precision}, {manifest.vision.n_layers} layers",
             "decoder": f"{decoder.precision}, {decoder.n_layers} layers of width"
             f" {decoder.hidden_size}, {decoder.vocab_size} ids",
@@ -61,11 +61,6 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
             "verified": "no" if failure else "yes",
             "tuned": tuning_line(tuning) if tuning else "no; 'edge-vlm tune' does it",
         }
-        echo_lines({label: _printable(value) for label, value in lines.items()}, 11)
+        echo_lines(lines, 11)
     if failure:
         raise failure
-
-
-def _printable(text: str) -> str:
-    """A manifest's text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from edge_vlm.cli.options import verbose_option
+from edge_vlm.cli.streams import say, write_path
 
 
 @click.command("use")
@@ -32,11 +33,16 @@ def command(model: str | None, reset: bool) -> None:
         installed_names,
     )
     from edge_vlm.bundle.manifest import Bundle
+    from edge_vlm.errors import label
     from edge_vlm.machine.folders import config_folder, write_file
 
-    choice = config_folder() / CHOICE_NAME
     if reset and model:
         raise click.UsageError("give a model or --reset, not both")
+    if not reset and not model:
+        write_path(chosen_model() or EMBEDDED)
+        say(f"installed: {', '.join(installed_names())}")
+        return
+    choice = config_folder() / CHOICE_NAME
     if reset:
         choice.unlink(missing_ok=True)
     elif model:
@@ -45,7 +51,4 @@ def command(model: str | None, reset: bool) -> None:
         stored = str(folder.resolve()) if folder == Path(model) else model
         choice.parent.mkdir(parents=True, exist_ok=True)
         write_file(choice, json.dumps({"model": stored}).encode())
-        click.echo(f"{bundle.name}, in {folder}", err=True)
-    else:
-        click.echo(chosen_model() or EMBEDDED)
-        click.echo(f"installed: {', '.join(installed_names())}", err=True)
+        say(f"{bundle.name}, in {label(folder)}")

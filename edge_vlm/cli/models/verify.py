@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from edge_vlm.cli.exporter import exporter
-from edge_vlm.cli.options import output_options
+from edge_vlm.cli.options import FILE, UserPath, output_options
+from edge_vlm.cli.streams import write, write_json
 
 
 @click.command("verify")
 @click.argument("model", required=False, envvar="EDGE_VLM_MODEL")
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     metavar="CHECKPOINT",
     help="Measure the bundle against this checkpoint folder; needs edge-vlm[export].",
 )
@@ -27,6 +27,7 @@ from edge_vlm.cli.options import output_options
 )
 @click.option(
     "--samples",
+    type=FILE,
     metavar="FOLDER|builtin",
     help="Measure on the held-out ones of these pictures; by default on a few built-in ones.",
 )
@@ -55,7 +56,7 @@ def command(
     from edge_vlm.bundle.checksums import verify
     from edge_vlm.cli.choose import open_bundle
     from edge_vlm.cli.display import Steps
-    from edge_vlm.errors import EdgeVLMError
+    from edge_vlm.errors import EdgeVLMError, label
     from edge_vlm.machine.settings import MachineSettings
     from edge_vlm.measure.check import check_sanity
 
@@ -76,13 +77,13 @@ def command(
             "measured": measured.model_dump() if measured else None,
             "failures": measured.failures if measured else [],
         }
-        click.echo(json.dumps(data, ensure_ascii=False))
+        write_json(data)
     else:
-        click.echo(f"{bundle.path}: intact, and it computes")
+        write(f"{label(bundle.path)}: intact, and it computes")
         for title, shown in (("as exported", report), ("measured now", measured)):
             if shown is not None:
-                click.echo(f"\n{title}\n{shown.text()}")
+                write(f"\n{title}\n{shown.text()}")
         if report is None:
-            click.echo("it has no report")
+            write("it has no report")
     if measured and measured.failures:
         raise EdgeVLMError(" and ".join(measured.failures))

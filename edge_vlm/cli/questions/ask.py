@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_vlm.cli.options import (
+    FILE,
     answer_options,
     cached_image_options,
     machine_settings,
     model_option,
     output_options,
 )
+from edge_vlm.cli.questions.words import AboutPictures, split_words
 from edge_vlm.cli.session import session
+from edge_vlm.cli.streams import read_stdin, say, write_answer, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,17 +26,21 @@ if TYPE_CHECKING:
     from edge_vlm.progress import CancelToken, OnProgress
 
 
-@click.command("ask")
+@click.command("ask", cls=AboutPictures)
 @click.argument("words", nargs=-1, metavar="IMAGE... QUESTION")
 @model_option
 @click.option(
     "--messages",
+    type=FILE,
     metavar="FILE.json",
     help="Answer a whole conversation in OpenAI's form instead ('-' reads stdin); a QUESTION"
     " continues it.",
 )
 @click.option(
-    "--schema", metavar="FILE.json", help="Answer in JSON that is valid under this JSON Schema."
+    "--schema",
+    type=FILE,
+    metavar="FILE.json",
+    help="Answer in JSON that is valid under this JSON Schema.",
 )
 @click.option(
     "--choices",
@@ -81,12 +85,11 @@ def command(
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     answer = _run(pick_model(model), settings, request | wanted, echo=not as_json)
     if as_json:
-        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
-    elif not sys.stdout.closed:
-        click.echo()
+        write_json(answer.to_dict())
+    else:
+        write_answer("\n")
         if answer.finish_reason == "repetition":
-            note = "stopped: it said the same over and over; --no-loop-guard lets it go on"
-            click.echo(note, err=True)
+            say("stopped: it said the same over and over; --no-loop-guard lets it go on")
     if session().verbose:
         _report(answer)
 
@@ -104,20 +107,12 @@ def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
             following = {"role": "user", "content": words[0]}
             talk = [*talk, following] if isinstance(talk, list) else talk
         return {"messages": talk}
-    if not words:
-        raise click.UsageError("no question; see 'edge-vlm ask --help'")
-    *images, question = words
-    if not question.strip():
-        raise click.UsageError("the question is empty")
-    if not images and (question == "-" or Path(question).is_file()):
-        raise click.UsageError(f"no question about {question}; it comes after the picture")
-    if images.count("-") > 1:
-        raise click.UsageError("stdin ('-') can be only one of the pictures")
+    images, question = split_words(words)
     sources: list[Any] = list(images)
     if "-" in images:
         from edge_vlm.pictures.image import MAX_FILE_BYTES
 
-        sources[images.index("-")] = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        sources[images.index("-")] = read_stdin(MAX_FILE_BYTES + 1)
     return {"images": sources, "question": question}
 
 
@@ -140,24 +135,22 @@ def _run(
         if not isinstance(event, str):
             answer: Answer = event
         elif echo:
-            click.echo(event, nl=False)
-            sys.stdout.flush()
+            write_answer(event)
     return answer
 
 
 def _report(answer: Answer) -> None:
     for choice, probability in (answer.choices or {}).items():
-        click.echo(f"{probability:.4f} {choice}", err=True)
+        say(f"{probability:.4f} {choice}")
     for image in answer.images:
         size = f"{image.size[0]}x{image.size[1]}"
         reduced = ", reduced" if image.reduced else ""
-        click.echo(
+        say(
             f"image {size}: used at {image.resized[0]}x{image.resized[1]}{reduced}, tiling"
-            f" {image.tiling[0]}x{image.tiling[1]}, {image.crops} crops",
-            err=True,
+            f" {image.tiling[0]}x{image.tiling[1]}, {image.crops} crops"
         )
     times = answer.timings
-    click.echo(
+    say(
         f"prompt {answer.prompt_tokens} tokens ({answer.image_tokens} of images),"
         f" answer {len(answer.token_ids)} tokens ({answer.finish_reason})\n"
         f"cache: {answer.restored_tokens} tokens of the prompt,"
@@ -166,6 +159,5 @@ def _report(answer: Answer) -> None:
         f" prefill {times.prefill:.2f} s ({times.prefill_tokens_per_second:.0f} tokens/s),"
         f" decode {times.decode:.2f} s ({times.decode_tokens_per_second:.1f} tokens/s)\n"
         f"KV cache {answer.kv_bytes / 1e6:.1f} MB,"
-        f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB",
-        err=True,
+        f" peak memory {answer.peak_rss_bytes / 1e6:.0f} MB"
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,10 @@ from edge_vlm.cli.options import (
     model_option,
     output_options,
 )
-from edge_vlm.cli.session import session
-from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError
+from edge_vlm.cli.questions.words import as_path, names_pictures, typed_paths
+from edge_vlm.cli.session import in_words, session
+from edge_vlm.cli.streams import say, write_answer, write_json
+from edge_vlm.errors import BudgetError, Cancelled, EdgeVLMError, InputError, label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,12 +83,15 @@ def command(
 
     settings, wanted = machine_settings(options)
     AskOptions(**wanted)  # says what is wrong before a model is loaded
-    for image in images:
+    paths = [as_path(image) for image in images]
+    for image in paths:
         read_picture(image, settings.max_pixels, settings.image_formats)
     vlm = _load(pick_model(model), settings)
-    history = None if no_history else platform_folder("state") / "chat_history"
+    history = None
+    with contextlib.suppress(InputError):  # no home, no history
+        history = None if no_history else platform_folder("state") / "chat_history"
     with vlm, vlm.chat(**wanted) as chat, LineInput(COMMANDS, history) as lines:
-        talk = _Session(chat, lines, settings, list(images), as_json, drop_oldest)
+        talk = _Session(chat, lines, settings, list(paths), as_json, drop_oldest)
         if load:
             talk.load(load)
         code = talk.run()
@@ -107,11 +111,12 @@ class _Session:
     drop_oldest: bool
     failed: str | None = None  # the last question, if it was not answered
     last: Answer | None = None
+    without: str | None = None  # what failed that the next question needs
 
     def run(self) -> int:
         """Read and answer until the end; the exit code of the last error if nobody saw it."""
         if self.lines.is_terminal:
-            _say("Ask about the pictures; /help lists the commands, Ctrl-D leaves.")
+            say("Ask about the pictures; /help lists the commands, Ctrl-D leaves.")
         code = 0
         interrupted = False
         while True:
@@ -121,7 +126,7 @@ class _Session:
                 if interrupted or not self.lines.is_terminal:
                     raise
                 interrupted = True
-                _say("\nCtrl-C again, Ctrl-D or /quit leaves.")
+                say("\nCtrl-C again, Ctrl-D or /quit leaves.")
                 continue
             interrupted = False
             if line is None or line.split()[:1] == ["/quit"]:
@@ -129,26 +134,32 @@ class _Session:
             try:
                 self._obey(line.strip())
             except Cancelled:
-                _say("stopped before the answer began; /retry asks again")
-            except EdgeVLMError as error:
-                code = error.exit_code
-                self._report_error(error)
+                say("stopped before the answer began; /retry asks again")
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # whatever one line did, the next may be better
+                code = self._report_error(error)
 
     def _obey(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
         if not line:
             return
-        if not line.startswith("/") or line.startswith("//"):
-            self._ask(line.removeprefix("/") if line.startswith("//") else line)
-            return
-        name, _, rest = line.partition(" ")
-        if name not in COMMANDS:
+        if name in COMMANDS:
+            getattr(self, name.removeprefix("/"))(rest.strip())
+        elif not line.startswith("//") and names_pictures(line):
+            self.image(line)
+        elif line.startswith("/") and not line.startswith("//"):
             raise InputError(f"{name[:40]}: no such command; /help lists them")
-        getattr(self, name.removeprefix("/"))(rest.strip())
+        else:
+            self._ask(line.removeprefix("/") if line.startswith("//") else line)
 
     def help(self, _: str) -> None:
-        _say(HELP)
+        say(HELP)
 
     def _ask(self, question: str) -> None:
+        without, self.without = self.without, None
+        if without:
+            raise InputError(f"not asked, as a line before it failed: {without}")
         self.failed = question
         try:
             self._turn(lambda **how: self.chat.stream(self.waiting, question, **how))
@@ -168,11 +179,11 @@ class _Session:
         if not n:
             raise full
         what = "the oldest question and its answer" if n == 1 else f"the {n} oldest questions"
-        _say(f"The context is full: {full}.")
+        say(f"The context is full: {full}.")
         if not self.drop_oldest and not self.lines.confirm(f"Forget {what}? The pictures stay."):
             raise BudgetError(f"the context is full; --drop-oldest forgets {what}") from full
         self.waiting = [*self.chat.drop_oldest(n), *self.waiting]
-        _say(f"forgot {what}")
+        say(f"forgot {what}")
 
     def retry(self, _: str) -> None:
         if self.failed is not None:
@@ -198,55 +209,61 @@ class _Session:
                     if not isinstance(event, str):
                         self.last = event
                     elif not self.as_json:
-                        click.echo(event, nl=False)
-                        sys.stdout.flush()
+                        write_answer(event)
                         wrote = True
             finally:
                 if wrote:
-                    click.echo()
+                    write_answer("\n")
         if self.last:
             self._report(self.last, wrote)
 
     def _report(self, answer: Answer, wrote: bool) -> None:
         if self.as_json:
-            click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+            write_json(answer.to_dict())
         elif not wrote:
-            click.echo()  # an empty answer is a line too
+            write_answer("\n")  # an empty answer is a line too
         if answer.finish_reason == "cancelled":
-            _say("stopped; /retry answers again, /undo takes the question back")
+            say("stopped; /retry answers again, /undo takes the question back")
         elif answer.finish_reason == "length":
-            _say("the answer was cut: --max-tokens, or the context is full")
+            say("the answer was cut: --max-tokens, or the context is full")
         elif answer.finish_reason == "repetition":
-            _say("stopped: it said the same over and over; --no-loop-guard lets it")
+            say("stopped: it said the same over and over; --no-loop-guard lets it")
         if session().verbose:
             self.stats()
 
-    def _report_error(self, error: EdgeVLMError) -> None:
-        message = " ".join(str(error).split())
+    def _report_error(self, error: Exception) -> int:
         if self.as_json:
-            click.echo(json.dumps({"error": message}, ensure_ascii=False))
-        click.echo(f"{click.style('Error:', fg='red')} {message}", err=True)
+            write_json({"error": " ".join(in_words(error)[0].split())})
+        return session().report(error)
+
+    @contextlib.contextmanager
+    def _needed(self) -> Iterator[None]:
+        """In a pipe nobody sees an error here, so the next question is not asked without this."""
+        try:
+            yield
+        except EdgeVLMError as error:
+            self.without = None if self.lines.is_terminal else str(error)
+            raise
 
     def image(self, name: str) -> None:
         from edge_vlm.cli.choose import read_picture
 
-        if not name:
-            raise InputError("/image: which? /image PATH")
-        if name[0] == name[-1] and name[0] in "'\"" and len(name) > 1:
-            name = name[1:-1]
-        path = str(Path(name).expanduser()) if name.startswith("~") else name
-        height, width, _ = read_picture(
-            path, self.settings.max_pixels, self.settings.image_formats
-        ).shape
-        self.waiting.append(path)
-        _say(f"{path} ({width}x{height}) goes with the next question")
+        with self._needed():
+            if not name:
+                raise InputError("/image: which? /image PATH")
+            for path in typed_paths(name):
+                height, width, _ = read_picture(
+                    path, self.settings.max_pixels, self.settings.image_formats
+                ).shape
+                self.waiting.append(path)
+                say(f"{label(path)} ({width}x{height}) goes with the next question")
 
     def images(self, _: str) -> None:
         from edge_vlm.prompt.messages import images_of
 
         told = [f"{_name(source)}" for source in images_of(self.chat.messages)]
         told += [f"{_name(source)} (with the next question)" for source in self.waiting]
-        _say("\n".join(f"{i}. {line}" for i, line in enumerate(told, 1)) or "no pictures")
+        say("\n".join(f"{i}. {line}" for i, line in enumerate(told, 1)) or "no pictures")
 
     def undo(self, _: str) -> None:
         from edge_vlm.prompt.messages import images_of
@@ -259,7 +276,7 @@ class _Session:
         self.failed = None
         question = next(message.text for message in taken if message.role == "user")
         kept = "; its pictures go with the next question" if pictures else ""
-        _say(f"took back: {question[:100]}{kept}")
+        say(f"took back: {question[:100]}{kept}")
 
     def save(self, name: str) -> None:
         from edge_vlm.prompt.transcript import write_transcript
@@ -268,38 +285,41 @@ class _Session:
             raise InputError("/save: where? /save FILE")
         if not self.chat.messages:
             raise InputError("/save: nothing was said yet")
-        write_transcript(Path(name).expanduser(), self.chat.messages)
-        _say(f"saved {len(self.chat.messages)} messages to {name}")
+        path = typed_paths(name)[0]
+        write_transcript(Path(path), self.chat.messages)
+        say(f"saved {len(self.chat.messages)} messages to {label(path)}")
 
     def load(self, name: str) -> None:
         """Go on with the conversation in a file."""
         from edge_vlm.prompt.transcript import MAX_BYTES, read_json
 
-        if not name or name == "-":
-            raise InputError("/load: which file? /load FILE")
-        data = read_json(str(Path(name).expanduser()), MAX_BYTES)
-        messages = data.get("messages") if isinstance(data, dict) else data
-        while isinstance(messages, list) and messages and _role(messages[-1]) == "user":
-            messages = messages[:-1]
-            _say(f"{name}: its last question has no answer and was left out")
-        self.chat.restart(messages or ())
+        with self._needed():
+            if not name or name == "-":
+                raise InputError("/load: which file? /load FILE")
+            path = typed_paths(name)[0]
+            data = read_json(path, MAX_BYTES)
+            messages = data.get("messages") if isinstance(data, dict) else data
+            while isinstance(messages, list) and messages and _role(messages[-1]) == "user":
+                messages = messages[:-1]
+                say(f"{label(path)}: its last question has no answer and was left out")
+            self.chat.restart(messages or ())
         self.failed = self.last = None
-        _say(f"loaded {len(self.chat.messages)} messages from {name}")
+        say(f"loaded {len(self.chat.messages)} messages from {label(path)}")
 
     def reset(self, _: str) -> None:
         self.chat.restart()
-        self.waiting, self.failed, self.last = [], None, None
-        _say("forgot everything")
+        self.waiting, self.failed, self.last, self.without = [], None, None, None
+        say("forgot everything")
 
     def stats(self, _: str = "") -> None:
         answer = self.last
         if answer is None:
-            _say("nothing was answered yet")
+            say("nothing was answered yet")
             return
         used = answer.prompt_tokens + len(answer.token_ids)
         times = answer.timings
         n_new = answer.prompt_tokens - answer.cached_tokens
-        _say(
+        say(
             f"context: {used} tokens, {answer.image_tokens} of {len(answer.images)} pictures;"
             f" KV cache {answer.kv_bytes / 1e6:.1f} of {self.settings.kv_budget / 1e6:g} MB\n"
             f"last answer: {n_new} tokens prefilled, {answer.cached_tokens} were cached;"
@@ -324,8 +344,6 @@ def _load(model: str | None, settings: MachineSettings) -> EdgeVLM:
 
 
 def _name(source: Any) -> str:
-    from edge_vlm.errors import label
-
     if isinstance(source, str) and not source.startswith("data:"):
         return label(source)
     return "a picture given as data"
@@ -333,8 +351,3 @@ def _name(source: Any) -> str:
 
 def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
-
-
-def _say(text: str) -> None:
-    """What is not an answer goes to stderr."""
-    click.echo(text, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import os
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import click
+from edge_vlm.cli.streams import say, write
+from edge_vlm.errors import InputError, harmless
+from edge_vlm.machine.folders import new_file
 
 MAX_LINE = 4_000_000  # characters; a conversation takes no more
 _HISTORY_LINES = 1000
@@ -26,6 +29,7 @@ class LineInput:
 
     def __init__(self, commands: Sequence[str], history: Path | None) -> None:
         self.is_terminal = sys.stdin.isatty()
+        self._is_first = True
         self._commands = commands
         self._history = history
         self._readline = _readline() if self.is_terminal and sys.stdout.isatty() else None
@@ -53,23 +57,29 @@ class LineInput:
 
         Raises:
             KeyboardInterrupt: Ctrl-C at the prompt.
+            InputError: it is text of another encoding.
         """
         if self._readline:
             try:
                 return input("> ")
             except EOFError:
-                click.echo()
+                write("")
                 return None
         if self.is_terminal:
-            click.echo("> ", err=True, nl=False)
+            say("> ", end="")
         line = sys.stdin.buffer.readline(MAX_LINE)
-        return line.decode("utf-8", "replace").rstrip("\r\n") if line else None
+        if self._is_first and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError("stdin: is UTF-16 text; only UTF-8 is read")
+        line = line.removeprefix(codecs.BOM_UTF8) if self._is_first else line
+        self._is_first = False
+        # As names of files are decoded, so that any comes back as it was.
+        return line.decode("utf-8", "surrogateescape").rstrip("\r\n") if line else None
 
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal; no if nobody is there to ask."""
         if not self.is_terminal:
             return False
-        click.echo(f"{question} [y/N] ", err=True, nl=False)
+        say(f"{question} [y/N] ", end="")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def _complete(self, text: str, state: int) -> str | None:
@@ -78,19 +88,17 @@ class LineInput:
         else:
             pattern = glob.escape(os.path.expanduser(text)) + "*"
             found = [p + os.sep if os.path.isdir(p) else p for p in sorted(glob.glob(pattern))]
+        found = [text for text in found if text == harmless(text)]
         return found[state] if state < len(found) else None
 
     def _write_history(self, readline: ModuleType, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         readline.set_history_length(_HISTORY_LINES)
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        try:
-            readline.write_history_file(temporary)
-            os.chmod(temporary, 0o600)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(path) as part:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            readline.write_history_file(part)
+            os.chmod(part, 0o600)
+            os.replace(part, path)
 
 
 def _readline() -> ModuleType | None:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import click
 
-from edge_vlm.cli.options import image_options, max_tiles_option, model_option, verbose_option
+from edge_vlm.cli.options import (
+    UserPath,
+    image_options,
+    max_tiles_option,
+    model_option,
+    verbose_option,
+)
+from edge_vlm.cli.questions.words import as_path
+from edge_vlm.cli.streams import read_stdin, write_bytes
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -19,7 +27,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     "--output",
     "-o",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     help="Picture to write: .png, .jpg or .webp; '-' writes PNG to stdout.",
 )
 @model_option
@@ -52,12 +60,14 @@ def command(
     kind = "PNG" if to_stdout else _FORMATS.get(output.suffix.lower())
     if kind is None:
         raise click.UsageError(f"--output: {output}: the name must end in {', '.join(_FORMATS)}")
-    source = sys.stdin.buffer.read() if image == "-" else image
+    if to_stdout and sys.stdout.isatty():
+        raise click.UsageError("--output: stdout is a terminal; give a file or a pipe")
+    source = read_stdin() if image == "-" else as_path(image)
     pixels = read_picture(source, max_pixels, allow_format)
     drawing = draw_tiling(pixels, limit_tiles(image_processor(model), max_tiles))
     data = io.BytesIO()
     drawing.save(data, kind)
     if to_stdout:
-        sys.stdout.buffer.write(data.getvalue())
+        write_bytes(data.getvalue())
     else:
         write_file(output, data.getvalue())

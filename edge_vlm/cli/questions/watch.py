@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_vlm.cli.options import (
+    UserPath,
     answer_options,
     cached_image_options,
     machine_settings,
     model_option,
     verbose_option,
 )
+from edge_vlm.cli.questions.words import AboutPictures
+from edge_vlm.cli.streams import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from edge_vlm.progress import CancelToken, OnProgress
 
 
-@click.command("watch")
+@click.command("watch", cls=AboutPictures)
 @click.argument("question")
 @click.option(
     "--dir",
     "folder",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     metavar="FOLDER",
     help="Answer for each picture that appears or changes in a folder.",
 )
@@ -143,5 +144,4 @@ def _run(
             yield from itertools.islice(lines, count)
 
     for line in run_interruptibly(work):
-        click.echo(json.dumps(line, ensure_ascii=False))
-        sys.stdout.flush()
+        write_json(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from edge_vlm.cli.options import (
     model_option,
     output_options,
 )
+from edge_vlm.cli.streams import write, write_json
 from edge_vlm.cli.table import format_table
 
 DEFAULT_SIZES = ((640, 480), (2728, 2046))
@@ -135,7 +135,7 @@ def command(
         )
     if as_json:
         report["command"] = ["edge-vlm", *sys.argv[1:]]
-        click.echo(json.dumps(report))
+        write_json(report)
     else:
         _show(report)
 
@@ -151,12 +151,12 @@ def _synthetic(config: str, recipe: str) -> Path:
 
 def _show(report: dict[str, Any]) -> None:
     machine, results = report["machine"], report["results"]
-    click.echo(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    write(f"{machine['processor']}, {machine['cores']} cores, {machine['system']}")
     for name, result in results.items():
         settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
         precision = result["precision"]
-        click.echo(f"{name}: vision {precision['vision']}, decoder {precision['decoder']}")
-        click.echo(f"  {settings}")
+        write(f"{name}: vision {precision['vision']}, decoder {precision['decoder']}")
+        write(f"  {settings}")
     ratios = report.get("ratios", [])
     for index, summaries in enumerate(zip(*(r["sizes"] for r in results.values()), strict=True)):
         width, height = summaries[0]["size"]
@@ -167,7 +167,7 @@ def _show(report: dict[str, Any]) -> None:
             row += [_cell(summary, name, divisor) for summary in summaries]
             row += [f"{r[name]:.2f}" if name in r else "" for r in ratios[index : index + 1]]
             rows.append(row)
-        click.echo(f"\n{format_table(header, rows)}")
+        write(f"\n{format_table(header, rows)}")
 
 
 def _cell(summary: dict[str, Any], name: str, divisor: float) -> str:

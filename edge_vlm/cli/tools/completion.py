@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from edge_vlm.cli.streams import write
+
 
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
@@ -20,4 +22,4 @@ def command(ctx: click.Context, shell: str) -> None:
     if completion is None:  # all choices above are click's own
         raise click.UsageError(f"click knows no completion for {shell}")
     root = ctx.find_root().command
-    click.echo(completion(root, {}, "edge-vlm", "_EDGE_VLM_COMPLETE").source())
+    write(completion(root, {}, "edge-vlm", "_EDGE_VLM_COMPLETE").source())

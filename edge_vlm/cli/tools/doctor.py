@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from edge_vlm.cli.options import output_options
 from edge_vlm.cli.session import session
+from edge_vlm.cli.streams import write, write_json
 from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
 
     report = examine()
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        write_json(report.to_dict())
     else:
         _show(report, session().verbose)
     if report.errors:
@@ -61,13 +61,13 @@ def _show(report: Report, verbose: bool) -> None:
         lines["all features"] = " ".join(sorted(machine.features))
     echo_lines(lines, 14)
     for error in report.errors:
-        click.echo(f"\nbroken: {error}")
+        write(f"\nbroken: {error}")
     for advice in report.advice:
-        click.echo(f"\n{advice.problem}: {advice.effect}")
+        write(f"\n{advice.problem}: {advice.effect}")
         if advice.command:
-            click.echo(f"  {advice.command}")
+            write(f"  {advice.command}")
     if not report.advice and not report.errors:
-        click.echo("\nNothing to improve was found.")
+        write("\nNothing to improve was found.")
 
 
 def _gb(size: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from edge_vlm.cli.options import (
     within_option,
 )
 from edge_vlm.cli.session import session
+from edge_vlm.cli.streams import say, write, write_json
 from edge_vlm.cli.table import echo_lines, format_table
 from edge_vlm.machine.engine_settings import KV_TYPES
 
@@ -117,7 +117,7 @@ def command(
     plan = plan_request(sizes, width, height, settings, max_tiles=max_tiles, speeds=speeds)
     if as_json:
         data = plan.to_dict() | ({"device": dataclasses.asdict(profile)} if profile else {})
-        click.echo(json.dumps({**data, "seconds_from": source if speeds else None}))
+        write_json({**data, "seconds_from": source if speeds else None})
     else:
         _show(plan, sizes, settings, source, profile)
 
@@ -224,7 +224,7 @@ def _show(
     echo_lines(lines, 13)
     if profile and session().verbose:
         for line in profile.sources:
-            click.echo(f"estimated from {line}", err=True)
+            say(f"estimated from {line}")
 
 
 def _components(memory: Memory) -> dict[str, int]:
@@ -249,7 +249,7 @@ def _compare(
     found = compare(sizes, width, height, name=name, max_tiles=max_tiles)
     if as_json:
         models = [dataclasses.asdict(one) for one in found]
-        click.echo(json.dumps({"size": [width, height], "models": models}))
+        write_json({"size": [width, height], "models": models})
         return
     rows = [
         (
@@ -262,7 +262,7 @@ def _compare(
         for one in found
     ]
     header = ("model", "image tokens", "KV cache f16", "prefill", "weights q4_k_m")
-    click.echo(format_table(header, rows))
+    write(format_table(header, rows))
 
 
 def _paper(as_json: bool) -> None:
@@ -270,7 +270,7 @@ def _paper(as_json: bool) -> None:
 
     figures = find_family(DEFAULT).published()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(figure) for figure in figures]))
+        write_json([dataclasses.asdict(figure) for figure in figures])
         return
     rows = [
         (
@@ -282,7 +282,7 @@ def _paper(as_json: bool) -> None:
         )
         for figure in figures
     ]
-    click.echo(format_table(("", "published", "computed", "differs", "edge-vlm"), rows))
+    write(format_table(("", "published", "computed", "differs", "edge-vlm"), rows))
 
 
 def _bytes(n: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from edge_vlm.cli.options import model_option, output_options
+from edge_vlm.cli.streams import say, write_json
 from edge_vlm.cli.table import echo_lines
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
     if show:
         found = load_tuning(manifest)
         if found is None and not as_json:
-            click.echo("not tuned; 'edge-vlm tune' does it", err=True)
+            say("not tuned; 'edge-vlm tune' does it")
         _print(found, as_json)
         return
     from edge_vlm.cli.display import Steps
@@ -59,12 +59,12 @@ def command(model: str | None, show: bool, reset: bool, as_json: bool) -> None:
         )
     stored = store_tuning(manifest, tuning)
     _print(tuning, as_json)
-    click.echo(f"kept in {stored}", err=True)
+    say(f"kept in {stored}")
 
 
 def _print(tuning: Tuning | None, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(asdict(tuning) if tuning else None))
+        write_json(asdict(tuning) if tuning else None)
     elif tuning:
         echo_lines(_lines(tuning), 16)
 

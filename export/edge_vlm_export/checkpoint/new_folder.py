@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from edge_vlm.bundle.manifest import MANIFEST_NAME
 from edge_vlm.errors import EdgeVLMError, InputError
@@ -34,11 +38,12 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def check_space(parent: Path, n_bytes: int) -> None:
-    """Refuse to start when the file system lacks room.
+    """Refuse to start when the file system lacks room, also without what killed processes left.
 
     Raises:
         InputError: it does.
     """
+    _sweep(parent)
     free = shutil.disk_usage(parent).free
     needed = n_bytes + SPARE_BYTES
     if free < needed:
@@ -61,19 +66,59 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         EdgeVLMError: the file system failed.
     """
     check_target(out, overwrite)
-    partial = out.parent / f".{out.name}.partial-{secrets.token_hex(6)}"
     try:
-        try:
-            partial.mkdir()
+        with scratch_folder(out) as partial:
             yield partial
             for path in (*sorted(partial.iterdir()), partial):
                 sync(path)
             _put_in_place(partial, out, overwrite)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise EdgeVLMError(f"{where}{error.strerror or error}") from error
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out`` until the block ends; those that killed processes left go first.
+
+    A lock beside it tells that its process is alive.
+    """
+    _sweep(out.parent)
+    partial = out.parent / f".{out.name}.partial-{secrets.token_hex(6)}"
+    with _lock(partial):
+        try:
+            partial.mkdir()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    path = partial.with_name(f"{partial.name}.lock")
+    lock = FileLock(path, timeout=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a file system knows no locks: it then uses others
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            path.unlink()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove partial folders that no process holds, and end the change of names of such a one."""
+    for lock in folder.glob(".*.partial-*.lock"):
+        if found := re.fullmatch(r"\.(.+)\.partial-([0-9a-f]{12})\.lock", lock.name):
+            with suppress(OSError, Timeout), _lock(lock.with_suffix("")):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                old, out = folder / f".{found[1]}.old-{found[2]}", folder / found[1]
+                if os.path.lexists(out):
+                    shutil.rmtree(old, ignore_errors=True)
+                elif old.is_dir():
+                    old.rename(out)
 
 
 def sync(path: Path) -> None:
@@ -92,7 +137,7 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         partial.rename(out)
     else:
-        old = out.parent / f".{out.name}.old-{secrets.token_hex(6)}"
+        old = out.parent / f".{out.name}.old-{partial.name[-12:]}"
         out.rename(old)
         try:
             partial.rename(out)

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from edge_vlm.cli.options import verbose_option
+from edge_vlm.cli.options import FILE, UserPath, verbose_option
+from edge_vlm.cli.streams import say, write
 
 # Modules of the export extra.
 EXTRA = ("gguf", "huggingface_hub", "ml_dtypes", "onnx")
@@ -27,7 +28,7 @@ def _recipe(ctx: click.Context, _param: click.Parameter, value: str | None) -> N
     from edge_vlm_export.steps.recipes import listing, read_recipe
 
     if value == "list":
-        click.echo(listing())
+        write(listing())
         ctx.exit()
     ctx.default_map = {**(ctx.default_map or {}), **read_recipe(value).options()}
 
@@ -39,13 +40,13 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
     from edge_vlm_export.families.registry import families
 
     for name, family in families().items():
-        click.echo(f"{name}: {family.summary} (model_type {', '.join(family.model_types)})")
+        write(f"{name}: {family.summary} (model_type {', '.join(family.model_types)})")
     ctx.exit()
 
 
 @click.command("export")
 @click.argument("checkpoint")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", required=True, type=UserPath(path_type=Path), help="Folder to write.")
 @_shown(
     "--vision",
     type=click.Choice(["int8", "int8-static", "int4", "fp16", "fp32"]),
@@ -91,6 +92,7 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
     callback=_recipe,
     is_eager=True,
     expose_value=False,
+    type=FILE,
     metavar="NAME|FILE|list",
     help="Choose the other options for a device: pi-4gb, pi-8gb, jetson-orin-nano, laptop, best, or"
     " a .toml file. `list` shows what they choose and why.",
@@ -112,6 +114,7 @@ def _families(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None
 @click.option("--offline", is_flag=True, help="Download nothing: use an earlier download.")
 @click.option(
     "--calibrate",
+    type=FILE,
     metavar="FOLDER|builtin",
     help="Calibrate with pictures and questions: those of a folder, or built-in ones.",
 )
@@ -178,7 +181,7 @@ def command(checkpoint: str, out: Path, offline: bool, force: bool, **options: A
             on_report=lambda report: steps.say(report.text()),
         )
     size = sum(path.stat().st_size for path in written.iterdir())
-    click.echo(f"{written}: {size / 1e6:.1f} MB", err=True)
+    say(f"{written}: {size / 1e6:.1f} MB")
 
 
 def require_extra(what: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from edge_vlm.cli.display import Steps
-from edge_vlm.cli.options import verbose_option
+from edge_vlm.cli.options import FILE, UserPath, verbose_option
+from edge_vlm.cli.streams import say
 
 
 @click.command("synthesize")
@@ -16,10 +17,11 @@ from edge_vlm.cli.options import verbose_option
     "--config",
     default="jina-vlm",
     show_default=True,
+    type=FILE,
     metavar="NAME_OR_FOLDER",
     help="jina-vlm, demo, or a folder with config.json and the other settings files.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--out", required=True, type=UserPath(path_type=Path), help="Folder to write.")
 @click.option("--layers", type=click.IntRange(1), help="Decoder layers, if not the config's.")
 @click.option(
     "--vision-layers", type=click.IntRange(1), help="Layers of the vision tower, likewise."
@@ -41,4 +43,4 @@ def command(config: str, out: Path, **options: Any) -> None:
     with Steps() as steps:
         folder = synthesize(config, out, **options, progress=steps.show)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    click.echo(f"{folder}: {size / 1e6:.1f} MB", err=True)
+    say(f"{folder}: {size / 1e6:.1f} MB")

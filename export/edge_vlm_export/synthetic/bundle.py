@@ -7,13 +7,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from edge_vlm.bundle.manifest import Bundle
 from edge_vlm.errors import BundleError, InputError
 from edge_vlm.machine.folders import cache_folder
-from edge_vlm_export.checkpoint.new_folder import check_space, check_target
+from edge_vlm_export.checkpoint.new_folder import check_space, check_target, scratch_folder
 from edge_vlm_export.families.opened import Description
 from edge_vlm_export.steps.export import export_checkpoint
 from edge_vlm_export.steps.recipes import read_recipe
@@ -60,13 +59,11 @@ def synthetic_bundle(
     n_values = sum(math.prod(shape) for shape in Description(source).shapes().values())
     # The checkpoint, the decoder before it is quantized, and what becomes of both.
     check_space(out.parent, 3 * BYTES_PER_VALUE * n_values)
-    with TemporaryDirectory(
-        prefix=f".{out.name}.partial-", dir=out.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        checkpoint = synthesize(source, Path(scratch, "checkpoint"), seed=seed, progress=progress)
+    with scratch_folder(out) as scratch:
+        checkpoint = synthesize(source, scratch / "checkpoint", seed=seed, progress=progress)
         bundle = export_checkpoint(
             checkpoint,
-            Path(scratch, "bundle"),
+            scratch / "bundle",
             name=f"random-{config if config in configs() else source.name}",
             progress=progress,
             notice=notice,
