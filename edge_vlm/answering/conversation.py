@@ -13,13 +13,11 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edge_vlm.answering.turn import MIN_ANSWER_TOKENS, Cache, Engine, State, Turn
 from edge_vlm.errors import DecoderError, PromptError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.process import check_fork
-from edge_vlm.pictures.image import load_image
+from edge_vlm.pictures.image import Opened, open_image
 from edge_vlm.pictures.picture import EncodedImage, Picture, open_picture, seen_among
 from edge_vlm.planning.budget import budget_positions, limit_tiles
 from edge_vlm.planning.limits import tiles_within
@@ -287,19 +285,17 @@ class Conversation:
         return (*there, *fresh)
 
     def _read(self, source: object) -> object:
-        """A picture's pixels; one that is encoded stays."""
+        """A picture that is opened; one that is encoded stays."""
         if isinstance(source, EncodedImage):
             return source
-        settings = self._engine.settings
-        return load_image(
-            source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
-        )
+        return open_image(source, self._engine.settings)
 
     def _tiles_within(self, seconds: float, sources: Sequence[object], n_pictures: int) -> int:
         engine = self._engine
         model = ModelSizes.of(engine.manifest)
         processor = family_of(model.processor).beside(model.processor, n_pictures)
-        sizes = [(one.shape[1], one.shape[0]) for one in sources if isinstance(one, np.ndarray)]
+        shapes = [one.pixels.shape for one in sources if isinstance(one, Opened)]
+        sizes = [(width, height) for height, width, _ in shapes]
         return tiles_within(
             seconds,
             sizes,

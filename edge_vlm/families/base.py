@@ -103,6 +103,11 @@ class Layout:
     overview_tokens: int  # of them, vectors of the picture as a whole
     tile_tokens: int  # of them, vectors of its tiles
 
+    @property
+    def used_hw(self) -> tuple[int, int]:
+        """Of the picture, how many pixels reach the tower: what is lost in print shows here."""
+        return self.resized_hw
+
 
 @dataclass(frozen=True)
 class Tiles:

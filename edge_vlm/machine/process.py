@@ -1,5 +1,6 @@
 """What is one for the whole process: variables that libraries read when they are loaded,
-llama.cpp's log, and what does not survive a fork. Nothing else in the package changes the process.
+llama.cpp's log, stderr, and what does not survive a fork. Nothing else in the package changes the
+process.
 """
 
 from __future__ import annotations
@@ -91,6 +92,24 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
         _recent_errors.append(" ".join(message.split())[:300])
     if _print_logs and sys.stderr:
         sys.stderr.write(harmless(message))
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """What native code of the whole process writes to stderr meanwhile is lost."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 # What llama.cpp is given as its log's receiver.

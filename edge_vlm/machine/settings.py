@@ -27,9 +27,11 @@ MAX_PIXELS = 100_000_000  # of a picture
 KV_BUDGET = 530_000_000  # bytes: what the model's paper states for twelve tiles and the thumbnail
 # Whether the vision tower and the decoder are in memory at the same time.
 RESIDENCIES = ("auto", "together", "in-turns")
+ALPHA = ("white", "drop")
 _LIMITS = {
     "kv_budget": (1, 1 << 44),
     "max_pixels": (1, 1 << 31),
+    "dpi": (10, 1200),
     "cache_size": (0, 1 << 50),
     "tile_memory": (0, 1 << 40),
     "ram": (1, 1 << 50),
@@ -65,6 +67,8 @@ class MachineSettings:
     kv_type: str = "f16"  # element type of the KV cache
     max_pixels: int = MAX_PIXELS  # of a picture
     image_formats: tuple[str, ...] = ()  # accepted besides the usual ones
+    alpha: str = "white"  # behind hidden pixels; or drop: the colours they are stored with
+    dpi: int = 150  # at which pages of a PDF are drawn
     provider: str = "auto"  # onnxruntime execution provider of the vision tower
     gpu_layers: str | int = "auto"  # decoder layers on a GPU: a count, auto or all
     cache: str | os.PathLike[str] | None = field(default_factory=pictures_cache)  # None: no disk
@@ -85,6 +89,7 @@ class MachineSettings:
         for name, known in (
             ("kv_type", tuple(KV_TYPES)),
             ("residency", RESIDENCIES),
+            ("alpha", ALPHA),
             ("provider", PROVIDER_CHOICES),
         ):
             if getattr(self, name) not in known:
@@ -186,9 +191,9 @@ def _whole_number(text: str) -> int:
 
 # How the variable of each setting is read.
 _READERS: dict[str, Callable[[str], object]] = {
-    **dict.fromkeys((*WHOLE_NUMBERS, "max_tiles"), _whole_number),
+    **dict.fromkeys((*WHOLE_NUMBERS, "max_tiles", "dpi"), _whole_number),
     **dict.fromkeys(("repack", "mmap", "spinning", "trust_bundle", "engine_logs"), _switch),
-    **dict.fromkeys(("flash_attention", "residency", "kv_type", "provider"), str.lower),
+    **dict.fromkeys(("flash_attention", "residency", "kv_type", "provider", "alpha"), str.lower),
     **dict.fromkeys(("kv_budget", "ram", "max_pixels", "cache_size"), parse_size),
     "gpu_layers": parse_gpu_layers,
 }

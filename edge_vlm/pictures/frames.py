@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_vlm.errors import ImageError, InputError, label
-from edge_vlm.pictures.image import EXTRA_FORMATS, FORMATS, MAX_FILE_BYTES, load_image
+from edge_vlm.pictures.damage import N_BYTES, format_of
+from edge_vlm.pictures.image import EXTRA_FORMATS, FORMATS, MAX_FILE_BYTES, open_image
 
 if TYPE_CHECKING:
     from edge_vlm.machine.settings import MachineSettings
@@ -30,7 +32,8 @@ SETTLE_SECONDS = 0.3  # a file that did not change for so long is taken as writt
 BROKEN_SECONDS = 5.0  # one that cannot be read may still be written for so long
 _POLL_SECONDS = 0.1
 _CAMERA_QUEUE = 5  # frames that a driver may have waiting
-_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff")}  # of others: the format's name
+_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif")
+_log = logging.getLogger(__name__)
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -41,6 +44,7 @@ class Frame:
 
     source: str
     pixels: UInt8 | None = None  # (height, width, 3)
+    alpha: str | None = None  # see edge_vlm.pictures.image.Opened
     error: str | None = None
 
 
@@ -73,6 +77,7 @@ class Folder:
         existing: whether pictures that are there at the beginning count as new.
         settings: limits for pictures.
         broken_after: seconds that a file which cannot be read may still be written for.
+        skipped: told, in a line, of each file that is no picture.
 
     Raises:
         InputError: there is no such folder.
@@ -86,6 +91,7 @@ class Folder:
         existing: bool,
         settings: MachineSettings,
         broken_after: float = BROKEN_SECONDS,
+        skipped: Callable[[str], None] = _log.warning,
     ) -> None:
         if not path.is_dir():
             raise InputError(f"{label(path)}: no such folder")
@@ -93,12 +99,9 @@ class Folder:
         self._every = max(every, _POLL_SECONDS)
         self._settings = settings
         self._broken_after = broken_after
-        formats = {name.upper() for name in settings.image_formats} & set(EXTRA_FORMATS)
-        self._suffixes = {
-            suffix
-            for name in {*FORMATS, *formats}
-            for suffix in _SUFFIXES.get(name, (f".{name.lower()}",))
-        }
+        self._skipped = skipped
+        extra = (name.upper() for name in settings.image_formats)
+        self._formats = (*FORMATS, *(name for name in extra if name in EXTRA_FORMATS))
         self._done = {} if existing else self._stamps()  # the state in which each was answered
 
     def frames(self, pause: Pause) -> Iterator[Frame]:
@@ -121,19 +124,33 @@ class Folder:
                 frame = _load(str(path), path, self._settings)
                 if frame.error and age < self._broken_after:
                     continue
+                if frame.error and not self._is_picture(path):
+                    self._skipped(f"skipped {frame.error}")
+                    self._done[path] = stamp
+                    continue
                 self._done[path] = stamp
                 first_seen.pop(path, None)
                 yield frame
             pause.wait(min(self._every, SETTLE_SECONDS) if waiting else self._every)
 
+    def _is_picture(self, path: Path) -> bool:
+        """Whether a file is one by its first bytes, or at least by its name."""
+        if path.suffix.lower() in _SUFFIXES:
+            return True
+        try:
+            with path.open("rb") as file:
+                return format_of(file.read(N_BYTES)) in self._formats
+        except OSError:
+            return False
+
     def _stamps(self) -> dict[Path, tuple[int, ...]]:
-        """Modification time, size and inode of each picture."""
+        """Modification time, size and inode of each file."""
         found: dict[Path, tuple[int, ...]] = {}
         try:
             with os.scandir(self._path) as entries:
                 for entry in entries:
                     path = Path(entry.path)
-                    if path.suffix.lower() not in self._suffixes or entry.name.startswith("."):
+                    if entry.name.startswith("."):
                         continue
                     try:
                         info = path.stat()
@@ -289,12 +306,10 @@ Source = Folder | Command | Camera
 
 def _load(source: str, image: Any, settings: MachineSettings) -> Frame:
     try:
-        pixels = load_image(
-            image, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
-        )
+        opened = open_image(image, settings)
     except ImageError as error:
         return Frame(source, error=str(error))
-    return Frame(source, pixels)
+    return Frame(source, opened.pixels, opened.alpha)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -22,12 +22,12 @@ import numpy.typing as npt
 from edge_vlm.errors import DecoderError, ImageError
 from edge_vlm.families.base import family_of
 from edge_vlm.machine.store import Entry, Store, make_key
-from edge_vlm.pictures.image import load_image
+from edge_vlm.pictures.image import open_image, strips
 from edge_vlm.progress import CancelToken, OnProgress, Progress
 
 if TYPE_CHECKING:
     from edge_vlm.engines import VisionTower
-    from edge_vlm.families.base import ImageProcessor, Tiles
+    from edge_vlm.families.base import ImageProcessor, Layout, Tiles
     from edge_vlm.machine.settings import MachineSettings
 
 Float32 = npt.NDArray[np.float32]
@@ -155,6 +155,14 @@ class ImageUse:
     tiling: tuple[int, int]  # rows, columns
     crops: int  # the thumbnail included
     reduced: bool  # whether the model saw fewer pixels than the picture has
+    used: tuple[int, int]  # at most so many of its pixels were seen: resized, and then in tiles
+    alpha: str | None = None  # what hidden pixels became, "white" or "drop"; None: there are none
+    crop: tuple[int, int, int, int] | None = None  # left, top, width, height; of this part
+
+    @property
+    def loses_detail(self) -> bool:
+        """Whether less than half of its width was seen."""
+        return self.used[0] * 2 < self.size[0]
 
 
 @dataclass(frozen=True)
@@ -244,19 +252,31 @@ def open_picture(source: object, alone: ImageProcessor, n_pictures: int, model: 
         own = source.processor  # whatever tiles are allowed now
         seen = source.use, source.n_tokens, own, own, source.digest, source, source.positions
         return Picture(*seen, rows=source.rows)
-    settings = model.settings
-    pixels = load_image(
-        source, max_pixels=settings.max_pixels, extra_formats=settings.image_formats
-    )
-    height, width = pixels.shape[:2]
     family = family_of(processor)
-    plan = family.layout(width, height, processor)
+
+    def accepts(width: int, height: int) -> Layout:
+        return family.layout(width, height, processor)
+
+    opened = open_image(source, model.settings, accepts)
+    pixels = opened.pixels
+    height, width = pixels.shape[:2]
+    plan = accepts(width, height)
     positions = family.positions(plan, processor)
-    resized = plan.resized_hw[1], plan.resized_hw[0]
-    use = ImageUse((width, height), resized, plan.tiling, plan.n_crops, plan.is_reduced)
+    (resized_h, resized_w), (used_h, used_w) = plan.resized_hw, plan.used_hw
+    use = ImageUse(
+        size=(width, height),
+        resized=(resized_w, resized_h),
+        tiling=plan.tiling,
+        crops=plan.n_crops,
+        reduced=plan.is_reduced,
+        used=(used_w, used_h),
+        alpha=opened.alpha,
+        crop=opened.crop,
+    )
     shape = np.array(pixels.shape, np.int64).tobytes()
+    rows = (np.ascontiguousarray(pixels[part]).data for part in strips(height, width * 3))
     placed = [] if positions is None else [positions.tobytes()]
-    digest = make_key(processor.model_dump(), shape, pixels.data.cast("B"), *placed)
+    digest = make_key(processor.model_dump(), shape, *(part.cast("B") for part in rows), *placed)
     return Picture(use, plan.n_tokens, alone, processor, digest, source, positions, pixels)
 
 

@@ -44,7 +44,7 @@ def load(bundle: Callable[..., Path]) -> Load:
 
     @cache
     def loader(vision: str = "fp32", decoder: str = "f32", kv_type: str = "f32") -> EdgeVLM:
-        settings = MachineSettings(threads=1, kv_type=kv_type, cache=None)
+        settings = MachineSettings(threads=1, kv_type=kv_type, cache=None, alpha="drop")
         return EdgeVLM.load(bundle(NAME, vision, decoder), settings=settings)
 
     return loader
@@ -55,7 +55,7 @@ def crops_of(vlm: EdgeVLM, case: GoldenCase) -> list[Any]:
     from edge_vlm.pictures.image import load_image
 
     processor = FAMILY.runtime.beside(vlm.manifest.image_processor, len(case.images))
-    return [FAMILY.runtime.cut(load_image(path), processor) for path in case.images]
+    return [FAMILY.runtime.cut(load_image(path, alpha="drop"), processor) for path in case.images]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -145,6 +145,12 @@ class TilingPlan(Layout):
     grid_hw: tuple[int, int]  # the same for all crops together
 
     @property
+    def used_hw(self) -> tuple[int, int]:
+        """Tiles may hold fewer pixels than the picture is first resized to."""
+        (height, width), (tiled_h, tiled_w) = self.resized_hw, self.tiled_hw
+        return min(height, tiled_h), min(width, tiled_w)
+
+    @property
     def n_patch_tokens(self) -> int:
         """Positions that carry an image vector."""
         return self.overview_tokens + self.tile_tokens
