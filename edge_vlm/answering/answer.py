@@ -32,6 +32,7 @@ class AskOptions:
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
     seed: int | None = None  # of the sampler; None draws one
     max_tiles: int | None = None  # crops besides the thumbnail; None for the model's maximum
+    crop: Any = None  # the part of each picture to look at, see pictures.sources.parse_crop
     within: float | None = None  # seconds to the first token; limits tiles, needs a tuning
     system: str | None = None  # a system message in front of the conversation
     loop_guard: bool = True  # end an answer that says the same over and over, unless it has a form
@@ -46,6 +47,10 @@ class AskOptions:
             value, default = getattr(self, name), getattr(AskOptions, name)
             if value is not None or default is not None:
                 _check(name, value, kind, low, high)
+        if self.crop is not None:
+            from edge_vlm.pictures.sources import parse_crop
+
+            parse_crop(self.crop)
         if self.system is not None and not isinstance(self.system, str):
             raise PromptError("system: must be a string")
         if not isinstance(self.loop_guard, bool):
@@ -73,6 +78,7 @@ class AskKeywords(TypedDict, total=False):
     min_p: float
     seed: int | None
     max_tiles: int | None
+    crop: Any
     within: float | None
     system: str | None
     loop_guard: bool

@@ -169,10 +169,15 @@ class AsyncEdgeVLM(_Closing):
         return AsyncStream(partial(self.vlm.stream, images, question), how)
 
     async def encode(
-        self, image: Any, *, max_tiles: int | None = None, progress: OnProgress | None = None
+        self,
+        image: Any,
+        *,
+        max_tiles: int | None = None,
+        crop: Any = None,
+        progress: OnProgress | None = None,
     ) -> EncodedImage:
         """Look at a picture once; see ``EdgeVLM.encode``."""
-        how: dict[str, Any] = {"max_tiles": max_tiles, "progress": _in_loop(progress)}
+        how: dict[str, Any] = {"max_tiles": max_tiles, "crop": crop, "progress": _in_loop(progress)}
         token = CancelToken()
         return await _in_thread(partial(self.vlm.encode, image, cancel=token, **how), token)
 

@@ -23,7 +23,7 @@ from edge_vlm.machine.settings import MachineSettings
 from edge_vlm.pictures.picture import EncodedImage, encode_pictures, open_picture
 from edge_vlm.planning.budget import limit_tiles
 from edge_vlm.progress import CancelToken, Life, OnProgress, Progress
-from edge_vlm.prompt.messages import Message, Text, parse_messages, user_message
+from edge_vlm.prompt.messages import Message, Text, cropped, images_of, parse_messages, user_message
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -205,7 +205,7 @@ class Chat(Closing):
         wanted = options_of({**self._options, **options})
         if question is None and isinstance(images, str):
             images, question = (), images
-        new = [new_message(images, question)]
+        new = in_part([new_message(images, question)], wanted)
         return wanted, new if self.conversation.messages else with_system(new, wanted)
 
 
@@ -222,6 +222,11 @@ def new_message(images: Any, question: str | None) -> Message:
     if not question.strip():
         raise PromptError("the question is empty")
     return user_message(picture_list(images), question)
+
+
+def in_part(new: list[Message], wanted: AskOptions) -> list[Message]:
+    """The messages with those parts of their pictures that are wanted."""
+    return new if wanted.crop is None else cropped(new, wanted.crop)
 
 
 def with_system(new: list[Message], wanted: AskOptions) -> list[Message]:
@@ -317,14 +322,15 @@ class EdgeVLM(Closing):
         """Answer a question about pictures.
 
         Args:
-            images: one picture or a sequence of them, each a path, bytes, ``data:`` URL, PIL
-                image, array or what ``encode`` gave; none for text alone.
+            images: one picture or a sequence of them, each a path, bytes, ``data:`` URL, object
+                with ``read`` or ``__array__``, PIL image, array or what ``encode`` gave; none for
+                text alone. ``report.pdf#page=3`` is a page, ``film.gif#frame=2`` a frame.
             question: what to ask.
             how: options of ``AskOptions`` (``max_tokens``, ``temperature``, ``top_p``, ``min_p``,
-                ``seed``, ``max_tiles``, ``within``, ``system``, and one of ``schema``, ``choices``
-                and ``regex``); ``messages``, a whole conversation in OpenAI's form instead of
-                pictures and a question; ``progress``, called after each tile, batch and token;
-                ``cancel``, a token that is set from another thread to stop.
+                ``seed``, ``max_tiles``, ``crop``, ``within``, ``system``, and one of ``schema``,
+                ``choices`` and ``regex``); ``messages``, a whole conversation in OpenAI's form
+                instead of pictures and a question; ``progress``, called after each tile, batch
+                and token; ``cancel``, a token that is set from another thread to stop.
 
         Raises:
             InputError: the request is invalid or too large for the KV budget.
@@ -350,7 +356,7 @@ class EdgeVLM(Closing):
         else:
             new = parse_messages(messages)
         wanted = options_of(options)
-        new = with_system(new, wanted)
+        new = with_system(in_part(new, wanted), wanted)
         conversation = Conversation(self.engine)
         return Stream(conversation.turn(new, wanted, progress, cancel), conversation.close)
 
@@ -359,6 +365,7 @@ class EdgeVLM(Closing):
         image: Any,
         *,
         max_tiles: int | None = None,
+        crop: Any = None,
         progress: OnProgress | None = None,
         cancel: CancelToken | None = None,
     ) -> EncodedImage:
@@ -368,12 +375,14 @@ class EdgeVLM(Closing):
             ImageError: it cannot be read.
             Cancelled: ``cancel`` was set.
         """
-        engine, wanted = self.engine, options_of({"max_tiles": max_tiles})
+        engine, wanted = self.engine, options_of({"max_tiles": max_tiles, "crop": crop})
         limits = [n for n in (wanted.max_tiles, engine.settings.max_tiles) if n is not None]
         processor = limit_tiles(engine.manifest.image_processor, min(limits, default=None))
+        (message,) = in_part([user_message((image,), "")], wanted)
+        (source,) = images_of([message])
         life = Life("the model", part_of=engine.life)
         with life.call(), life.cancel.following(cancel):
-            picture = open_picture(image, processor, 1, engine)
+            picture = open_picture(source, processor, 1, engine)
             try:
                 encode_pictures([picture], engine.tiles, progress or _ignore, life.cancel)
             finally:

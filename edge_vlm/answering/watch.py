@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edge_vlm.errors import ImageError
 from edge_vlm.pictures.frames import Pause, Source
+from edge_vlm.pictures.image import Opened
 
 if TYPE_CHECKING:
     from edge_vlm.answering.answer import Answer
@@ -69,10 +70,9 @@ def watch(
             continue
         is_known = answered is not None and repeatable and not changed(answered, frame.pixels, 0)
         if answer is None or not is_known:
+            picture = Opened(frame.pixels, frame.alpha)
             try:
-                answer = vlm.ask(
-                    frame.pixels, question, cancel=cancel, progress=progress, **options
-                )
+                answer = vlm.ask(picture, question, cancel=cancel, progress=progress, **options)
             except ImageError as error:
                 yield {**head, "error": str(error)}
                 continue

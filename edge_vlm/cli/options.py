@@ -12,7 +12,7 @@ from edge_vlm.cli.session import Session
 from edge_vlm.machine.engine_settings import KV_TYPES
 from edge_vlm.machine.folders import user_path
 from edge_vlm.machine.providers import PROVIDER_CHOICES, parse_gpu_layers
-from edge_vlm.machine.settings import RESIDENCIES, MachineSettings, parse_size
+from edge_vlm.machine.settings import ALPHA, RESIDENCIES, MachineSettings, parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -79,6 +79,12 @@ max_tiles_option = click.option(
     type=click.IntRange(1, 1024),
     help="Cut a picture into at most this many tiles, besides the thumbnail.",
 )
+crop_option = click.option(
+    "--crop",
+    metavar="X,Y,W,H",
+    help="Look at this part of each picture, at full resolution: pixels, or per cent such as"
+    " 10%,20%,50%,30%.",
+)
 max_tokens_option = click.option(
     "--max-tokens", type=click.IntRange(1, 1 << 20), help="Longest answer (default 512)."
 )
@@ -133,6 +139,17 @@ image_options = together(
         multiple=True,
         type=click.Choice(["TIFF", "AVIF"], case_sensitive=False),
         help="Read this format too; JPEG, PNG, WebP, BMP and GIF are read always.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.Choice(ALPHA),
+        help="Hidden pixels: white paper behind them, or drop their opacity and take the colours"
+        " that are stored, as published (EDGE_VLM_ALPHA; default white).",
+    ),
+    click.option(
+        "--dpi",
+        type=click.IntRange(10, 1200),
+        help="Resolution of a PDF's pages (EDGE_VLM_DPI; default 150).",
     ),
     click.option(
         "--max-pixels",
@@ -196,7 +213,7 @@ def machine_settings(options: dict[str, Any]) -> tuple[MachineSettings, dict[str
         InputError: one of them, or a variable of the environment, is out of its range.
     """
     engines = ("kv_type", "residency", "ram", "threads")
-    others = ("kv_budget", "provider", "gpu_layers", "max_pixels")
+    others = ("kv_budget", "provider", "gpu_layers", "max_pixels", "alpha", "dpi")
     no_cache = options.pop("no_cache")
     settings = MachineSettings.from_environment(
         os.environ | ({"EDGE_VLM_CACHE": "off"} if no_cache else {}),

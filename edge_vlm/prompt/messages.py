@@ -13,6 +13,7 @@ from edge_vlm.errors import PromptError
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 1000
 MAX_IMAGES = 64
+MAX_PARTS = 1000  # of one message
 MAX_TEXT_CHARS = 4_000_000  # far more than any context takes
 
 
@@ -25,9 +26,18 @@ class Text:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A picture: whatever ``edge_vlm.pictures.image.load_image`` takes."""
+    """A picture: whatever ``edge_vlm.pictures.image.open_image`` takes.
+
+    What can be read only once is read here.
+    """
 
     source: Any
+
+    def __post_init__(self) -> None:
+        if hasattr(self.source, "read") and not isinstance(self.source, str | os.PathLike):
+            from edge_vlm.pictures.sources import read_object
+
+            object.__setattr__(self, "source", read_object(self.source))
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,30 @@ class Message:
 
 
 def user_message(images: Sequence[Any], question: str) -> Message:
-    """Pictures first, the question after them: the order the model was trained on."""
-    parts: list[Text | ImagePart] = [*(ImagePart(image) for image in images), Text(question)]
-    return Message("user", tuple(parts))
+    """Pictures first, the question after them: the order the model was trained on.
+
+    Raises:
+        ImageError: one names no page or frame, or cannot be read a first time.
+    """
+    named: list[Any] = []
+    for image in images:
+        if isinstance(image, str | os.PathLike) and "#" in os.fsdecode(image):
+            from edge_vlm.pictures.sources import each_part
+
+            named += each_part(image)
+        else:
+            named.append(image)
+    return Message("user", (*map(ImagePart, named), Text(question)))
+
+
+def cropped(messages: Sequence[Message], crop: Any) -> list[Message]:
+    """The same, but of every picture only a part; see ``edge_vlm.pictures.sources.parse_crop``."""
+    from edge_vlm.pictures.image import Cropped
+
+    def of(part: Text | ImagePart) -> Text | ImagePart:
+        return ImagePart(Cropped(part.source, crop)) if isinstance(part, ImagePart) else part
+
+    return [Message(one.role, tuple(map(of, one.parts))) for one in messages]
 
 
 def images_of(messages: Sequence[Message]) -> list[Any]:
@@ -145,6 +176,10 @@ def _message(data: Any, where: str) -> Message:
         return Message(role, (Text(content),))
     if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
         raise PromptError(f"{where}.content: must be a string or a list of parts")
+    if len(content) > MAX_PARTS:
+        raise PromptError(
+            f"{where}.content: has {len(content)} parts, at most {MAX_PARTS} are taken"
+        )
     parts = tuple(_part(item, f"{where}.content[{i}]") for i, item in enumerate(content))
     if role != "user" and any(isinstance(part, ImagePart) for part in parts):
         raise PromptError(f"{where}: only a user message carries images")

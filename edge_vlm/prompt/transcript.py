@@ -12,7 +12,7 @@ from edge_vlm.errors import EdgeVLMError, PromptError, label
 from edge_vlm.machine.folders import write_file
 from edge_vlm.prompt.messages import Message, openai_messages
 
-MAX_BYTES = 512 << 20  # pictures may be inside, as data: URLs
+MAX_BYTES = 128 << 20  # pictures may be inside, as data: URLs
 
 
 def write_transcript(path: Path, messages: Sequence[Message]) -> None:
@@ -43,6 +43,9 @@ def read_json(name: str, limit: int) -> Any:
             text = sys.stdin.buffer.read(limit + 1)
         elif Path(name).is_file():
             with open(name, "rb") as file:
+                if file.seek(0, 2) > limit:  # before it is in memory
+                    raise PromptError(f"{where}: is larger than {limit >> 20} MiB")
+                file.seek(0)
                 text = file.read(limit + 1)
         else:
             raise PromptError(f"{where}: no such file")

@@ -294,7 +294,16 @@ def test_every_counter_is_plain_data(model: EdgeVLM) -> None:
     answer = model.ask(picture(), "What?", max_tokens=4)
     data = json.loads(json.dumps(answer.to_dict()))
     assert data["images"] == [
-        {"size": [52, 40], "resized": [52, 40], "tiling": [2, 3], "crops": 7, "reduced": False}
+        {
+            "size": [52, 40],
+            "resized": [52, 40],
+            "tiling": [2, 3],
+            "crops": 7,
+            "reduced": False,
+            "used": [44, 32],
+            "alpha": None,
+            "crop": None,
+        }
     ]
     assert data["timings"]["prefill"] > 0
     assert data["timings"]["decode_tokens_per_second"] > 0

@@ -217,6 +217,37 @@ def test_a_broken_file_is_told_once(tmp_path: Path, pause: Pause) -> None:
     assert Path(next(frames).source).name == "good.png"
 
 
+def test_content_decides_what_is_a_picture(tmp_path: Path, pause: Pause) -> None:
+    data = png(picture(1))
+    for number, name in enumerate(("a.jfif", "b.jpe", "no extension", "c.png.bak", "d.tif")):
+        (tmp_path / name).write_bytes(data)
+        os.utime(tmp_path / name, (1e9 + number, 1e9 + number))
+    others = {
+        "e.heic": b"\0\0\0\x18ftypheic" + bytes(50),
+        "f.html": b"<html>",
+        "notes.txt": b"hello",
+        "nothing": b"",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "page.jpg").write_bytes(b"<html>")
+    said: list[str] = []
+    how: dict[str, Any] = {"existing": True, "broken_after": 0.5, "skipped": said.append}
+    frames = Folder(tmp_path, every=0, settings=SETTINGS, **how).frames(pause)
+    found = [next(frames) for _ in range(6)]
+    assert [Path(frame.source).name for frame in found] == [
+        *("a.jfif", "b.jpe", "no extension", "c.png.bak", "d.tif", "page.jpg")
+    ]
+    assert "is an HTML page" in str(found[-1].error)  # its name promises a picture
+    (tmp_path / "last.png").write_bytes(data)
+    assert Path(next(frames).source).name == "last.png"
+    assert sorted(line.split(": ")[0] for line in said) == [
+        f"skipped {tmp_path / name}" for name in others
+    ]
+    assert all(line.isprintable() for line in said)
+    assert any("is text, which is not read" in line for line in said)
+
+
 def test_a_folder_that_goes(tmp_path: Path, pause: Pause) -> None:
     folder = tmp_path / "folder"
     with pytest.raises(InputError, match="no such folder"):
@@ -237,7 +268,7 @@ def test_a_command_is_run_for_each_frame(tmp_path: Path, pause: Pause) -> None:
         assert pixels is not None
         assert np.array_equal(pixels, picture(seed))
     path.write_bytes(b"no picture")
-    assert "not a picture" in str(next(frames).error)
+    assert "is text, which is not read" in str(next(frames).error)
     path.unlink()
     assert "ended with code 1" in str(next(frames).error)
 

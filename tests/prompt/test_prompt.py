@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,7 +16,7 @@ from edge_vlm.bundle.manifest import Bundle, Manifest
 from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.errors import BundleError, PromptError
 from edge_vlm.prompt.builder import ImageSpan, PromptBuilder, Span, TokenSpan
-from edge_vlm.prompt.messages import ImagePart, Message, Text
+from edge_vlm.prompt.messages import ImagePart, Message, Text, parse_messages
 from tests.conftest import GOLDEN
 
 MODEL = "tiny-378"
@@ -183,3 +184,12 @@ def test_a_special_token_of_one_character(prompts: Prompts) -> None:
     )
     spans = builder.build([user("a~b~")])
     assert special_ids(spans, manifest) == [tokens.bos, special["~"]]
+
+
+def test_a_message_has_a_limit_of_parts() -> None:
+    def parts(n: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "text", "text": "a"}] * n}]
+
+    assert len(parse_messages(parts(1000))[0].parts) == 1000
+    with pytest.raises(PromptError, match=r"messages\[0\].content: has 100000 parts, at most 1000"):
+        parse_messages(parts(100_000))

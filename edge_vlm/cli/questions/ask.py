@@ -10,13 +10,14 @@ from edge_vlm.cli.options import (
     FILE,
     answer_options,
     cached_image_options,
+    crop_option,
     machine_settings,
     model_option,
     output_options,
 )
 from edge_vlm.cli.questions.words import AboutPictures, split_words
 from edge_vlm.cli.session import session
-from edge_vlm.cli.streams import read_stdin, say, write_answer, write_json
+from edge_vlm.cli.streams import say, write_answer, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--regex", metavar="PATTERN", help="Answer with a full match of this regular expression."
 )
+@crop_option
 @answer_options
 @cached_image_options
 @output_options
@@ -63,16 +65,17 @@ def command(
     """Answer QUESTION about pictures; they come first, the question last.
 
     '-' reads a picture from stdin. Without a picture the question alone is answered. URLs are not
-    fetched.
+    fetched. 'report.pdf#page=3' is a page, '#page=1-3' are several, 'film.gif#frame=2' is a frame.
 
     \b
     edge-vlm ask receipt.jpg "What is the total?"
     edge-vlm ask before.png after.png "What changed?"
+    edge-vlm ask --crop 50%,0%,50%,25% page.png "What is the date?"
     edge-vlm ask --json --max-tiles 4 page.png "Summarize this." | jq -r .answer
     """
     request = _request(words, messages)
     from edge_vlm.answering.answer import AskOptions
-    from edge_vlm.cli.choose import pick_model
+    from edge_vlm.cli.choose import LostDetail, pick_model
 
     settings, wanted = machine_settings(options)
     if "schema" in wanted:
@@ -90,6 +93,7 @@ def command(
         write_answer("\n")
         if answer.finish_reason == "repetition":
             say("stopped: it said the same over and over; --no-loop-guard lets it go on")
+    LostDetail().note(answer.images)
     if session().verbose:
         _report(answer)
 
@@ -108,12 +112,9 @@ def _request(words: tuple[str, ...], messages: str | None) -> dict[str, Any]:
             talk = [*talk, following] if isinstance(talk, list) else talk
         return {"messages": talk}
     images, question = split_words(words)
-    sources: list[Any] = list(images)
-    if "-" in images:
-        from edge_vlm.pictures.image import MAX_FILE_BYTES
+    from edge_vlm.cli.choose import picture_source
 
-        sources[images.index("-")] = read_stdin(MAX_FILE_BYTES + 1)
-    return {"images": sources, "question": question}
+    return {"images": [picture_source(image) for image in images], "question": question}
 
 
 def _run(
@@ -145,6 +146,8 @@ def _report(answer: Answer) -> None:
     for image in answer.images:
         size = f"{image.size[0]}x{image.size[1]}"
         reduced = ", reduced" if image.reduced else ""
+        hidden = {"white": ", white behind hidden pixels", "drop": ", hidden pixels as stored"}
+        reduced += hidden.get(image.alpha or "", "")
         say(
             f"image {size}: used at {image.resized[0]}x{image.resized[1]}{reduced}, tiling"
             f" {image.tiling[0]}x{image.tiling[1]}, {image.crops} crops"

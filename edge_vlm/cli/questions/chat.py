@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_vlm.cli.choose import LostDetail
 from edge_vlm.cli.options import (
     answer_options,
     cached_image_options,
@@ -112,6 +113,7 @@ class _Session:
     failed: str | None = None  # the last question, if it was not answered
     last: Answer | None = None
     without: str | None = None  # what failed that the next question needs
+    lost_detail: LostDetail = field(default_factory=LostDetail)
 
     def run(self) -> int:
         """Read and answer until the end; the exit code of the last error if nobody saw it."""
@@ -208,6 +210,7 @@ class _Session:
                 for event in run_interruptibly(work, cancel):
                     if not isinstance(event, str):
                         self.last = event
+                        self.lost_detail.note(event.images)
                     elif not self.as_json:
                         write_answer(event)
                         wrote = True

@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edge_vlm.cli.options import (
     UserPath,
+    crop_option,
     image_options,
     max_tiles_option,
     model_option,
     verbose_option,
 )
 from edge_vlm.cli.questions.words import as_path
-from edge_vlm.cli.streams import read_stdin, write_bytes
+from edge_vlm.cli.streams import write_bytes
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -32,6 +34,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 )
 @model_option
 @max_tiles_option
+@crop_option
 @image_options
 @verbose_option
 def command(
@@ -41,6 +44,7 @@ def command(
     max_tiles: int | None,
     max_pixels: int | None,
     allow_format: tuple[str, ...],
+    **reading: Any,
 ) -> None:
     """Draw how IMAGE is cut into tiles, with the image tokens of each part.
 
@@ -51,7 +55,7 @@ def command(
     edge-vlm tiles photo.jpg -o tiles.png
     edge-vlm tiles page.png --model jina-vlm --max-tiles 6 -o tiles.png
     """
-    from edge_vlm.cli.choose import image_processor, read_picture
+    from edge_vlm.cli.choose import image_processor, picture_source, read_picture
     from edge_vlm.machine.folders import write_file
     from edge_vlm.pictures.overview import draw_tiling
     from edge_vlm.planning.budget import limit_tiles
@@ -62,8 +66,7 @@ def command(
         raise click.UsageError(f"--output: {output}: the name must end in {', '.join(_FORMATS)}")
     if to_stdout and sys.stdout.isatty():
         raise click.UsageError("--output: stdout is a terminal; give a file or a pipe")
-    source = read_stdin() if image == "-" else as_path(image)
-    pixels = read_picture(source, max_pixels, allow_format)
+    pixels = read_picture(picture_source(as_path(image)), max_pixels, allow_format, **reading)
     drawing = draw_tiling(pixels, limit_tiles(image_processor(model), max_tiles))
     data = io.BytesIO()
     drawing.save(data, kind)

@@ -14,12 +14,13 @@ from edge_vlm.cli.options import (
     UserPath,
     answer_options,
     cached_image_options,
+    crop_option,
     machine_settings,
     model_option,
     verbose_option,
 )
 from edge_vlm.cli.questions.words import AboutPictures
-from edge_vlm.cli.streams import write_json
+from edge_vlm.cli.streams import say, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 )
 @click.option("--count", type=click.IntRange(1), help="Stop after so many lines.")
 @model_option
+@crop_option
 @answer_options
 @cached_image_options
 @verbose_option
@@ -112,7 +114,8 @@ def command(
     AskOptions(**wanted)  # says what is wrong before a model is loaded
     source: Source
     if folder is not None:
-        source = Folder(folder, every=every, existing=existing, settings=settings)
+        how: dict[str, Any] = {"skipped": say}
+        source = Folder(folder, every=every, existing=existing, settings=settings, **how)
     elif camera is not None:
         source = Camera(camera, every=every)
     else:
@@ -129,7 +132,9 @@ def _run(
     count: int | None,
     wanted: dict[str, Any],
 ) -> None:
+    from edge_vlm.cli.choose import LostDetail
     from edge_vlm.cli.interrupt import run_interruptibly
+    from edge_vlm.pictures.picture import ImageUse
 
     def work(cancel: CancelToken, progress: OnProgress) -> Iterator[dict[str, Any]]:
         from edge_vlm.answering.model import EdgeVLM
@@ -143,5 +148,7 @@ def _run(
         ):
             yield from itertools.islice(lines, count)
 
+    lost_detail = LostDetail()
     for line in run_interruptibly(work):
+        lost_detail.note(ImageUse(**use) for use in line.get("images", ()))
         write_json(line)

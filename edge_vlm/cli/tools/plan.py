@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_vlm.cli.options import (
+    crop_option,
     image_options,
     max_tiles_option,
     max_tokens_option,
@@ -61,6 +62,7 @@ DECODER = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq
 @click.option("--decoder", type=click.Choice(DECODER), help="With jina-vlm: its precision.")
 @click.option("--compare", is_flag=True, help="Beside other models, for the same picture.")
 @click.option("--paper", is_flag=True, help="The published efficiency table, computed again.")
+@crop_option
 @image_options
 @output_options
 def command(
@@ -101,7 +103,8 @@ def command(
     from edge_vlm.planning.tuning import load_tuning
 
     name, sizes, manifest = _model(model, vision, decoder)
-    width, height = _size(image, max_pixels, allow_format)
+    reading = {name: request.pop(name) for name in ("crop", "alpha", "dpi")}
+    width, height = _size(image, max_pixels, allow_format, **reading)
     if compare:
         _compare(sizes, width, height, name, max_tiles, as_json)
         return
@@ -139,18 +142,24 @@ def _model(
     return bundle.name, ModelSizes.of(bundle.manifest), bundle.manifest
 
 
-def _size(image: str, max_pixels: int | None, allow_format: tuple[str, ...]) -> tuple[int, int]:
+def _size(
+    image: str, max_pixels: int | None, allow_format: tuple[str, ...], **reading: Any
+) -> tuple[int, int]:
     """Width and height of a picture, or those that were typed."""
-    from edge_vlm.cli.choose import read_picture
+    from edge_vlm.cli.choose import picture_source, read_picture
     from edge_vlm.errors import ImageError
 
     size = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", image)
     if not size or Path(image).exists():
-        pixels = read_picture(image, max_pixels, allow_format)
+        pixels = read_picture(picture_source(image), max_pixels, allow_format, **reading)
         return pixels.shape[1], pixels.shape[0]
     width, height = int(size[1]), int(size[2])
     if not width or not height:
         raise ImageError(f"{image}: a picture has at least one pixel on each side")
+    if reading["crop"] is not None:
+        from edge_vlm.pictures.sources import crop_box
+
+        _, _, width, height = crop_box(reading["crop"], width, height)
     return width, height
 
 
