@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_vlm.errors import CheckpointError
 from edge_vlm.families.base import Prompt, Tokens
 from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
-from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, TokenType, read_byte_level
+from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, read_byte_level
 from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
+from edge_vlm_export.families.llava_like import NEWLINE, TEXT, check_image_token, rename
 from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
-from edge_vlm_export.families.llava_onevision.vision import NEWLINE, vision_tower
+from edge_vlm_export.families.llava_onevision.vision import vision_tower
 from edge_vlm_export.families.settings_files import SETTINGS_FILES
 
 if TYPE_CHECKING:
     from edge_vlm_export.graph.architecture import Tower
-
-TEXT = "language_model."
 
 
 class LlavaOneVision(Family):
@@ -35,15 +33,7 @@ class LlavaOneVision(Family):
         return read_settings(folder)
 
     def rename(self, stored: str) -> str | None:
-        """Three spellings occur: released, in memory since transformers 4.52, saved by 5.5."""
-        name = stored.removeprefix("model.")
-        if name.endswith("lm_head.weight"):
-            return f"{TEXT}lm_head.weight"
-        if name.startswith(TEXT):
-            return TEXT + name.removeprefix(TEXT).removeprefix("model.")
-        if name.endswith("embeddings.position_ids"):
-            return None
-        return name
+        return rename(stored)
 
     def tower(self, settings: OneVisionSettings) -> Tower:
         return vision_tower(settings.config, settings.image_processor)
@@ -70,20 +60,8 @@ class LlavaOneVision(Family):
     def read_tokenizer(self, folder: Path, settings: OneVisionSettings) -> Tokenizer:
         """Qwen2's; nothing is put in front of a prompt."""
         tokenizer = read_byte_level(folder, settings.text.n_ids)
-        config, where = settings.config, folder / "config.json"
-        if tokenizer.id_of(settings.image_token) != config.image_token_id:
-            raise CheckpointError(
-                f"{where}: image_token_index is {config.image_token_id}, which contradicts the id"
-                f" of {settings.image_token} in {tokenizer.path.name}:"
-                f" {tokenizer.id_of(settings.image_token)}"
-            )
-        behind = range(settings.text.vocab_size, settings.text.n_ids)
-        for token in behind:
-            if tokenizer.types[token] is TokenType.NORMAL:
-                raise CheckpointError(
-                    f"{tokenizer.path}: token {token} lies behind {settings.image_token}, from"
-                    f" which on no id is that of an answer"
-                )
+        token = settings.config.image_token_id
+        check_image_token(tokenizer, settings.image_token, token, folder / "config.json")
         return tokenizer
 
     def vision_sizes(self, settings: OneVisionSettings, precision: str) -> Vision:
