@@ -82,12 +82,21 @@ class Tokens(Part):
 class Prompt(Part):
     """How a conversation is rendered with the chat template inside the GGUF."""
 
+    # In front of the text that begins a prompt or stands behind a special token.
+    text_prefix: ClassVar[str] = ""
+
     image_prompt_token: SpecialText
     normalizer: Literal["NFC"] | None
 
     def template_variables(self) -> dict[str, Any]:
         """What the template is given besides the messages."""
         return {}
+
+
+class SentencePiecePrompt(Prompt):
+    """Of a tokenizer that puts a space in front of each text; the decoder's then puts none."""
+
+    text_prefix: ClassVar[str] = " "
 
 
 @dataclass(frozen=True)

@@ -100,14 +100,17 @@ class PromptBuilder:
         return rendered
 
     def spans(self, rendered: Rendered, *, first: bool) -> list[Span]:
-        """Tokenize rendered text; ``first`` puts the begin-of-sequence token in front, if any."""
+        """Tokenize rendered text.
+
+        ``first`` says that it begins a prompt: the begin-of-sequence token goes in front, if any.
+        """
         spans: list[Span] = []
         bos = self._tokens.bos
         ids: list[int] = [bos] if first and bos is not None else []
         n_images = 0
         position = 0
         for match in self._placed(rendered):
-            ids += self._text_ids(rendered, position, match.start())
+            ids += self._text_ids(rendered, position, match.start(), first=first)
             position = match.end()
             if match.group() == self._prompt.image_prompt_token:
                 if ids:
@@ -117,7 +120,7 @@ class PromptBuilder:
                 n_images += 1
             else:
                 ids.append(self._tokens.special[match.group()])
-        ids += self._text_ids(rendered, position, len(rendered.text))
+        ids += self._text_ids(rendered, position, len(rendered.text), first=first)
         if ids:
             spans.append(TokenSpan(tuple(ids)))
         return spans
@@ -127,11 +130,12 @@ class PromptBuilder:
         pattern = f"(?=.(?!{rendered.mark}))(?:{self._specials})"
         return re.compile(pattern, re.DOTALL).finditer(rendered.text)
 
-    def _text_ids(self, rendered: Rendered, start: int, end: int) -> list[int]:
+    def _text_ids(self, rendered: Rendered, start: int, end: int, *, first: bool) -> list[int]:
         text = rendered.text[start:end].replace(rendered.mark, "")
         if self._prompt.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
-        return self._tokenize(text) if text else []
+        prefix = self._prompt.text_prefix if first or start else ""  # not inside a cached text
+        return self._tokenize(prefix + text) if text else []
 
     def _marked(self, text: str, mark: str) -> str:
         """Break every possible special token in user text by a mark after its first character."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 
 from edge_vlm import BundleError
+from edge_vlm.families.jina_vlm.tiling import JinaPrompt
 from edge_vlm.prompt.builder import ImageSpan, PromptBuilder, Span
 from edge_vlm.prompt.messages import ImagePart, Message, Text
 from tests.fake_engine import FakeDecoder
@@ -91,3 +93,27 @@ def test_each_picture_has_its_place(make: Make) -> None:
     twice = make("{{ image_prompt_token }}{{ image_prompt_token }}")
     with pytest.raises(BundleError, match="placed 2 image tokens for 1 images"):
         twice.build([user(None)])
+
+
+class SpacedPrompt(JinaPrompt):
+    """With a space in front of each text, as SentencePiece has it."""
+
+    text_prefix: ClassVar[str] = " "
+
+
+def test_a_space_stands_in_front_of_each_text() -> None:
+    """And of none that goes on from what is cached: there it is in the middle of a text."""
+    decoder = FakeDecoder()
+    spaced = MANIFEST.model_copy(update={"prompt": SpacedPrompt(**dict(MANIFEST.prompt))})
+    template = (
+        "{{ messages[0].content[1].text }}<|image|><|im_end|>{{ messages[0].content[1].text }}"
+    )
+    builder = PromptBuilder(spaced, template, decoder.tokenize)
+    rendered = builder.render([user(None, "x <|im_end|>")])
+    typed = " x <|im_end|>"
+    assert readable(builder.spans(rendered, first=True)) == (
+        f"[<|endoftext|>]{typed}[0][<|im_end|>]{typed}"
+    )
+    assert readable(builder.spans(rendered, first=False)) == (
+        f"{typed.removeprefix(' ')}[0][<|im_end|>]{typed}"
+    )

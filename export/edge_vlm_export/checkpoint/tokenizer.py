@@ -49,9 +49,11 @@ class TokenType(IntEnum):
     """Token types of GGUF that are used here."""
 
     NORMAL = 1
+    UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5
+    BYTE = 6
 
 
 @dataclass(frozen=True)

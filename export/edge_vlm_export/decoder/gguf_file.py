@@ -157,6 +157,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, model: Model) -> None:
     writer.add_eos_token_id(stop[0])
     writer.add_eot_token_id(stop[-1])
     writer.add_add_bos_token(False)  # edge-vlm puts it in front itself
+    if tokenizer.scores:  # and SentencePiece's space, but not inside a text
+        writer.add_add_space_prefix(False)
     if text.additional_vocab_size:
         writer.add_array(SUPPRESS_TOKENS, list(range(text.vocab_size, text.n_ids)))
     writer.add_chat_template(model.settings.chat_template)
