@@ -269,6 +269,8 @@ GROUP = "edge_vlm.families"
 DEFAULT = "jina-vlm"  # of bundles that were made when there was no other
 _BUILT_IN = {
     "jina-vlm": "edge_vlm.families.jina_vlm.family",
+    "llava-1.5": "edge_vlm.families.llava.llava_15",
+    "llava-next": "edge_vlm.families.llava.llava_next",
     "llava-onevision": "edge_vlm.families.llava_onevision.family",
 }
 

@@ -10,21 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_vlm.families.llava_onevision.processor import OneVisionImageProcessor
+from edge_vlm.families.llava.released import NEXT_IMAGE_PROCESSOR, NEXT_RELEASED
+from edge_vlm.families.llava.released import RELEASED as LLAVA_15
+from edge_vlm.families.llava_like import plan_grid
 from edge_vlm.families.llava_onevision.released import IMAGE_PROCESSOR as ONEVISION
 from edge_vlm.families.llava_onevision.released import RELEASED
 from edge_vlm.families.llava_onevision.tiling import plan_tiling
 from edge_vlm.families.sizes import Decoder
-
-# Counts as LLaVA-OneVision does, with smaller tiles and never scaled down.
-_LLAVA_NEXT = OneVisionImageProcessor(
-    patch_size=14,
-    tile_size=336,
-    grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
-    max_vectors=4,
-    image_mean=(0.5, 0.5, 0.5),
-    image_std=(0.5, 0.5, 0.5),
-)
 
 Size = tuple[int, int]  # width, height, in pixels, tiles or patches
 
@@ -64,7 +56,7 @@ def llava_next(width: int, height: int) -> Usage:
 
     Source: transformers, models/llava_next (image grid points and pack_image_features).
     """
-    return Usage(plan_tiling(width, height, _LLAVA_NEXT).n_tokens)
+    return Usage(plan_grid(width, height, NEXT_IMAGE_PROCESSOR).n_tokens)
 
 
 def llava_onevision(width: int, height: int) -> Usage:
@@ -170,8 +162,10 @@ def _decoder(*sizes: int, tied: bool = False) -> Decoder:
 # Geometry from each model's config.json on Hugging Face; parameters of the vision part with its
 # projector from the model cards.
 OTHER_MODELS = (
-    OtherModel("LLaVA-1.5 13B", _decoder(40, 5120, 13824, 40, 40, 32064), 0.336e9, llava_15),
-    OtherModel("LLaVA-NeXT 7B", _decoder(32, 4096, 14336, 32, 8, 32064), 0.325e9, llava_next),
+    OtherModel("LLaVA-1.5 13B", LLAVA_15["llava-1.5-13b"].decoder, 0.336e9, llava_15),
+    OtherModel(
+        "LLaVA-NeXT 7B", NEXT_RELEASED["llava-next-mistral-7b"].decoder, 0.325e9, llava_next
+    ),
     OtherModel(
         "LLaVA-OneVision 7B", RELEASED["llava-onevision-7b"].decoder, 0.415e9, llava_onevision
     ),

@@ -53,7 +53,8 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
     font = ImageFont.load_default(16)
     for number, (_, used, count) in enumerate(boxes, 1):
         left, top, right, bottom = _pixels(used, size)
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=_LINE, width=2)
+        corner = (max(left, right - 1), max(top, bottom - 1))  # of a strip, less than a pixel
+        draw.rectangle((left, top, *corner), outline=_LINE, width=2)
         _tag(draw, (left + 5, top + 5), f"{number}: {count} tokens", font)
 
     small = _scaled(*settings.tile_hw, _THUMBNAIL_SIDE)
@@ -67,11 +68,13 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
     sheet = Image.new("RGB", sheet_size, _PAPER)
     sheet.paste(picture, (_GAP, _GAP))
     beside = (size[0] + 2 * _GAP, _GAP)
-    sheet.paste(thumbnail, beside)
     draw = ImageDraw.Draw(sheet)
-    corner = (beside[0] + thumbnail.width - 1, beside[1] + thumbnail.height - 1)
-    draw.rectangle((*beside, *corner), outline=_LINE, width=2)
-    _tag(draw, (beside[0] + 5, beside[1] + 5), f"thumbnail: {plan.overview_tokens} tokens", font)
+    if plan.overview_tokens:
+        sheet.paste(thumbnail, beside)
+        corner = (beside[0] + thumbnail.width - 1, beside[1] + thumbnail.height - 1)
+        draw.rectangle((*beside, *corner), outline=_LINE, width=2)
+        label = f"thumbnail: {plan.overview_tokens} tokens"
+        _tag(draw, (beside[0] + 5, beside[1] + 5), label, font)
     for index, line in enumerate(lines):
         y = sheet_size[1] - _GAP - 24 * (len(lines) - index)
         draw.text((_GAP, y), line, fill=_INK, font=font)
@@ -84,9 +87,10 @@ def _legend(plan: Layout, settings: ImageProcessor) -> list[str]:
     base_h, base_w = settings.tile_hw
     n_patch_tokens = plan.overview_tokens + plan.tile_tokens
     n_markers = plan.n_tokens - n_patch_tokens
+    thumbnail = " and a thumbnail" if plan.overview_tokens else ""
     return [
         f"{width}x{height} pixels, used at {used_w}x{used_h}: {rows}x{columns} tiles of"
-        f" {base_w}x{base_h} and a thumbnail",
+        f" {base_w}x{base_h}{thumbnail}",
         f"{plan.n_tokens} image tokens: {n_patch_tokens} for patches and {n_markers} row ends and"
         " markers; shaded parts are seen by two tiles or more",
     ]

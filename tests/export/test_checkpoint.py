@@ -281,6 +281,7 @@ ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         ({"x": 1}, "malformed"),
         ({"x": ENTRY | {"dtype": "F8_E4M3"}}, "has dtype"),
         ({"x": ENTRY | {"dtype": ["F32"]}}, "has dtype"),
+        ({"x": ENTRY | {"dtype": "I64", "shape": [2]}}, "has dtype"),
         ({"x": ENTRY | {"shape": [-4]}}, "malformed shape"),
         ({"x": ENTRY | {"shape": []}}, "malformed shape"),
         ({"x": ENTRY | {"shape": [4.0]}}, "malformed shape"),

@@ -44,7 +44,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def test_every_family_has_its_other_half() -> None:
-    assert list(families()) == ["jina-vlm", "llava-onevision"]
+    assert list(families()) == ["jina-vlm", "llava-1.5", "llava-next", "llava-onevision"]
     for name, family in families().items():
         assert family.name == name
         assert family.runtime is find_family(name)
@@ -55,7 +55,8 @@ def test_every_family_has_its_other_half() -> None:
 
 def test_a_checkpoint_tells_its_family(tmp_path: Path) -> None:
     assert family_of(TINY).name == "jina-vlm"
-    assert family_of(GOLDEN / "llava-onevision" / "checkpoint").name == "llava-onevision"
+    for name in ("llava-1.5", "llava-next", "llava-onevision"):
+        assert family_of(GOLDEN / name / "checkpoint").name == name
     required, optional = download_files(TINY)
     assert required[0] == "config.json"
     assert "tokenizer.json" in required
@@ -89,7 +90,7 @@ def test_another_package_adds_a_family(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
         check=True,
     )
-    assert set(result.stdout.split()) == {"other", "jina-vlm", "llava-onevision"}
+    assert set(result.stdout.split()) == {"other", *families()}
 
 
 @pytest.fixture

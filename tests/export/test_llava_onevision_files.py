@@ -116,7 +116,7 @@ def test_a_head_of_its_own_is_used(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "key", "value", "fragments"),
     [
-        ("config", "model_type", "llava", ("model_type", "llava_onevision")),
+        ("config", "model_type", "blip", ("model_type", "llava_onevision")),
         ("config", "vision_feature_select_strategy", "default", ('must be "full"',)),
         ("config", "vision_feature_layer", -9, ("vision_feature_layer is -9", "has 3")),
         ("config", "vision_feature_layer", [-1, -2], ("vision_feature_layer",)),

@@ -55,6 +55,9 @@ _OTHER_WEIGHTS = (
     (r".*\.(h5|msgpack)", f"another library's; {_SAVE}"),
     (r".*\.(gguf|onnx)", "it was converted; export the checkpoint that it was made from"),
 )
+# Of tensors that mean nothing, such as the positions 0, 1, 2, ... of older vision towers.
+_SKIPPED: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8")}
+_SIZES = {name: kind.itemsize for name, kind in (*_STORED.items(), *_SKIPPED.items())}
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 
 
@@ -203,6 +206,8 @@ class Checkpoint:
                 names = f"{shorten(tensors[name].name)} and {shorten(tensor.name)}"
                 raise CheckpointError(f"{where}: tensors {names} are one and the same")
             if name is not None:
+                if tensor.dtype not in _STORED:
+                    raise _unsupported(tensor.path, tensor.name, tensor.dtype)
                 tensors[name] = tensor
         return cls(tensors, where)
 
@@ -336,11 +341,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
         if tensor.offset != end:
             raise CheckpointError(f"{path}: its tensors overlap or leave gaps")
-        end += math.prod(tensor.shape) * _STORED[tensor.dtype].itemsize
+        end += math.prod(tensor.shape) * _SIZES[tensor.dtype]
     if end != file_size:
         problem = "is cut off" if file_size < end else "has bytes after its tensors"
         raise CheckpointError(f"{path}: {problem}: {file_size} bytes, its header tells {end}")
     return tensors
+
+
+def _unsupported(path: Path, name: str, dtype: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: tensor {shorten(name)} has dtype {shorten(dtype)}, supported are"
+        f" {', '.join(_STORED)}"
+    )
 
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> Tensor:
@@ -349,10 +361,8 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> Tensor:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: the header's entry for {label} is malformed")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _STORED:
-        raise CheckpointError(
-            f"{path}: tensor {label} has dtype {shorten(dtype)}, supported are {', '.join(_STORED)}"
-        )
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise _unsupported(path, name, dtype)
     if (
         not isinstance(shape, list)
         or not 1 <= len(shape) <= 8
@@ -363,7 +373,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> Tensor:
         not isinstance(span, list)
         or len(span) != 2
         or any(type(n) is not int or n < 0 for n in span)
-        or span[1] - span[0] != math.prod(shape) * _STORED[dtype].itemsize
+        or span[1] - span[0] != math.prod(shape) * _SIZES[dtype]
     ):
         raise CheckpointError(
             f"{path}: tensor {label} has the byte range {shorten(span)}, which does not hold"

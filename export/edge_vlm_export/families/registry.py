@@ -23,6 +23,8 @@ LICENCES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # they tell it
 GROUP = "edge_vlm_export.families"
 _BUILT_IN = {
     "jina-vlm": "edge_vlm_export.families.jina_vlm.family:FAMILY",
+    "llava-1.5": "edge_vlm_export.families.llava.llava_15:FAMILY",
+    "llava-next": "edge_vlm_export.families.llava.llava_next:FAMILY",
     "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
 }
 
