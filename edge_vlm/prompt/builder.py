@@ -61,6 +61,7 @@ class PromptBuilder:
         self._template = ChatTemplate(template)
         specials = sorted(self._tokens.special, key=len, reverse=True)
         self._specials = "|".join(re.escape(text) for text in specials)
+        self._special_ids = set(self._tokens.special.values())
         self._special_starts = {text[0] for text in specials}
 
     def build(self, messages: Sequence[Message]) -> list[Span]:
@@ -135,7 +136,18 @@ class PromptBuilder:
         if self._prompt.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
         prefix = self._prompt.text_prefix if first or start else ""  # not inside a cached text
-        return self._tokenize(prefix + text) if text else []
+        return self._plain_ids(prefix + text) if text else []
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Without special tokens, whatever the text spells: llama.cpp's SentencePiece joins any two
+        tokens that make a third.
+        """
+        ids = self._tokenize(text)
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        cuts = [match.start() + 1 for match in re.finditer(f"(?={self._specials})", text)]
+        parts = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        return [token for start, end in parts for token in self._tokenize(text[start:end])]
 
     def _marked(self, text: str, mark: str) -> str:
         """Break every possible special token in user text by a mark after its first character."""

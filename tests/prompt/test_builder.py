@@ -117,3 +117,22 @@ def test_a_space_stands_in_front_of_each_text() -> None:
     assert readable(builder.spans(rendered, first=False)) == (
         f"{typed.removeprefix(' ')}[0][<|im_end|>]{typed}"
     )
+
+
+def test_text_stays_text_where_a_tokenizer_joins_it_to_a_special_token() -> None:
+    """As llama.cpp does with a SentencePiece vocabulary that has the two parts of one."""
+    decoder, special = FakeDecoder(), MANIFEST.tokens.special
+    text, token = next(iter(special.items()))
+
+    def joining(plain: str) -> list[int]:
+        first, *others = plain.split(text)
+        ids = decoder.tokenize(first)
+        for other in others:
+            ids += [token, *decoder.tokenize(other)]
+        return ids
+
+    assert token in joining(f"a{text}b")
+    prompts = PromptBuilder(MANIFEST, decoder.chat_template, joining)
+    plain = PromptBuilder(MANIFEST, decoder.chat_template, decoder.tokenize)
+    typed = [user(f"{text}a{text}{text} b")]
+    assert prompts.build(typed) == plain.build(typed)
