@@ -271,6 +271,7 @@ _BUILT_IN = {
     "jina-vlm": "edge_vlm.families.jina_vlm.family",
     "llava-1.5": "edge_vlm.families.llava.llava_15",
     "llava-next": "edge_vlm.families.llava.llava_next",
+    "internvl": "edge_vlm.families.internvl.family",
     "llava-onevision": "edge_vlm.families.llava_onevision.family",
 }
 

@@ -10,6 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_vlm.families.internvl.released import IMAGE_PROCESSOR as INTERNVL
+from edge_vlm.families.internvl.released import RELEASED as INTERNVL_RELEASED
+from edge_vlm.families.internvl.tiling import plan_tiling as plan_internvl
 from edge_vlm.families.llava.released import NEXT_IMAGE_PROCESSOR, NEXT_RELEASED
 from edge_vlm.families.llava.released import RELEASED as LLAVA_15
 from edge_vlm.families.llava_like import plan_grid
@@ -106,14 +109,9 @@ def pixtral(width: int, height: int) -> Usage:
     return Usage(rows * (columns + 1))
 
 
-def internvl_25(width: int, height: int) -> Usage:
-    """Up to 12 tiles of 448 at 256 vectors, a thumbnail when there are several, two markers.
-
-    Source: OpenGVLab/InternVL2_5-8B, model card (dynamic_preprocess with max_num 12).
-    """
-    columns, rows = _closest_ratio((width, height), 12, 448)
-    tiles = columns * rows
-    return Usage(256 * (tiles + (tiles > 1)) + 2)
+def internvl(width: int, height: int) -> Usage:
+    """As ``families.internvl`` for the released models."""
+    return Usage(plan_internvl(width, height, INTERNVL).n_tokens)
 
 
 def phi_4_multimodal(width: int, height: int) -> Usage:
@@ -181,7 +179,8 @@ OTHER_MODELS = (
     ),
     OtherModel("Qwen2.5-VL 7B", _decoder(28, 3584, 18944, 28, 4, 152064), 0.676e9, qwen_25_vl),
     OtherModel("Pixtral 12B", _decoder(40, 5120, 14336, 32, 8, 131072), 0.435e9, pixtral),
-    OtherModel("InternVL2.5 8B", _decoder(32, 4096, 14336, 32, 8, 92553), 0.338e9, internvl_25),
+    OtherModel("InternVL2.5 1B", INTERNVL_RELEASED["internvl2.5-1b"].decoder, 0.309e9, internvl),
+    OtherModel("InternVL2.5 8B", INTERNVL_RELEASED["internvl2.5-8b"].decoder, 0.338e9, internvl),
     OtherModel(
         "Phi-4-Multimodal",
         _decoder(32, 3072, 8192, 24, 8, 200064, tied=True),

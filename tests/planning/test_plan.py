@@ -368,6 +368,7 @@ def test_every_family_counts_every_picture(width: int, height: int) -> None:
         "Llama 3.2 Vision 90B": 6404,
         "Qwen2.5-VL 7B": 16386,
         "Pixtral 12B": 4160,
+        "InternVL2.5 1B": 3330,
         "InternVL2.5 8B": 3330,
         "Phi-4-Multimodal": 36 * 256 + 36 * 16 + 273,
     }
@@ -392,6 +393,7 @@ def test_costs_of_other_families() -> None:
         "Llama 3.2 Vision 90B": 87.7,
         "Qwen2.5-VL 7B": 7.6,
         "Pixtral 12B": 12.2,
+        "InternVL2.5 1B": 0.63,
         "InternVL2.5 8B": 7.7,
         "Phi-4-Multimodal": 3.8,
     }
