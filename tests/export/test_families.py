@@ -44,7 +44,13 @@ Floats = npt.NDArray[np.float32]
 
 
 def test_every_family_has_its_other_half() -> None:
-    assert list(families()) == ["jina-vlm", "llava-1.5", "llava-next", "llava-onevision"]
+    assert list(families()) == [
+        "jina-vlm",
+        "llava-1.5",
+        "llava-next",
+        "internvl",
+        "llava-onevision",
+    ]
     for name, family in families().items():
         assert family.name == name
         assert family.runtime is find_family(name)
@@ -57,6 +63,8 @@ def test_a_checkpoint_tells_its_family(tmp_path: Path) -> None:
     assert family_of(TINY).name == "jina-vlm"
     for name in ("llava-1.5", "llava-next", "llava-onevision"):
         assert family_of(GOLDEN / name / "checkpoint").name == name
+    for layout in ("internvl", "internvl-chat"):
+        assert family_of(GOLDEN / layout / "checkpoint").name == "internvl"
     required, optional = download_files(TINY)
     assert required[0] == "config.json"
     assert "tokenizer.json" in required
@@ -67,6 +75,7 @@ def test_a_checkpoint_tells_its_family(tmp_path: Path) -> None:
         checkpoint,
         'config.json: model_type is "chameleon"',
         "jvlm (jina-vlm)",
+        "internvl, internvl_chat (internvl)",
         "llava_onevision (llava-onevision)",
     )
 

@@ -168,7 +168,12 @@ def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
         CheckpointError: malformed, or of another kind.
     """
     path = folder / TOKENIZER_NAME
-    file = parse_part(ByteLevelFile, read_object(path, MAX_TOKENIZER_BYTES), path)
+    return byte_level(read_object(path, MAX_TOKENIZER_BYTES), path, n_ids)
+
+
+def byte_level(data: Mapping[str, Any], path: Path, n_ids: int) -> Tokenizer:
+    """``read_byte_level`` for what such a file holds; ``path`` is named in errors."""
+    file = parse_part(ByteLevelFile, data, path)
     texts = _vocabulary(file.model.vocab, path, n_ids)
     types = dict.fromkeys(texts, TokenType.NORMAL)
     special: dict[str, int] = {}

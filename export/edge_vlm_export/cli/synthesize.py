@@ -19,7 +19,7 @@ from edge_vlm.cli.streams import say
     show_default=True,
     type=FILE,
     metavar="NAME_OR_FOLDER",
-    help="jina-vlm, demo, or a folder with config.json and the other settings files.",
+    help="jina-vlm, internvl2.5-1b, demo, or a folder with a checkpoint's settings files.",
 )
 @click.option("--out", required=True, type=UserPath(path_type=Path), help="Folder to write.")
 @click.option("--layers", type=click.IntRange(1), help="Decoder layers, if not the config's.")

@@ -42,10 +42,24 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a matrix begins in a stored tensor that may hold several."""
+    """Where a matrix begins in a stored tensor that may hold several.
+
+    With ``block``, it has the first so many of every ``step`` rows from there on.
+    """
 
     tensor: str
     start: int = 0
+    block: int = 0
+    step: int = 0
+
+    def spans(self, n_rows: int) -> Iterator[tuple[int, int]]:
+        """First and end of each run of rows of a matrix that has ``n_rows``."""
+        if not self.block:
+            yield self.start, self.start + n_rows
+            return
+        for index in range(n_rows // self.block):
+            first = self.start + index * self.step
+            yield first, first + self.block
 
 
 Layer = Callable[[int], Mapping[str, Rows]]
@@ -99,7 +113,7 @@ class LlamaLike:
         parts = self.part_shapes
         for index in range(self.text.n_layers):
             for part, rows in self.layer(index).items():
-                end = rows.start + parts[part][0]
+                end = max(stop for _, stop in rows.spans(parts[part][0]))
                 before = shapes.get(rows.tensor, (0,))[0]
                 shapes[rows.tensor] = (max(before, end), *parts[part][1:])
         return shapes
@@ -111,8 +125,8 @@ class LlamaLike:
 
     def part(self, tensors: Checkpoint, index: int, part: str) -> Values:
         """A part of a block as the checkpoint has it."""
-        rows = self.layer(index)[part]
-        return tensors.values(rows.tensor, rows.start, rows.start + self.part_shapes[part][0])
+        rows, n_rows = self.layer(index)[part], self.part_shapes[part][0]
+        return stacked(*(tensors.values(rows.tensor, *span) for span in rows.spans(n_rows)))
 
     def table_values(self, tensors: Checkpoint) -> Values:
         """The token table (n_ids, hidden_size)."""

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "jina-vlm": "edge_vlm_export.families.jina_vlm.family:FAMILY",
     "llava-1.5": "edge_vlm_export.families.llava.llava_15:FAMILY",
     "llava-next": "edge_vlm_export.families.llava.llava_next:FAMILY",
+    "internvl": "edge_vlm_export.families.internvl.family:FAMILY",
     "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
 }
 

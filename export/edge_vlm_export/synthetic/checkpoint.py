@@ -113,7 +113,11 @@ def _write_settings(
         elif name not in family.optional_files:
             raise CheckpointError(f"{source / name}: is missing")
     config = read_object(folder / "config.json")
-    for key, count in (("text_config", layers), ("vision_config", vision_layers)):
+    for key, count in (
+        ("text_config", layers),
+        ("llm_config", layers),
+        ("vision_config", vision_layers),
+    ):
         part = config.get(key)
         if isinstance(part, dict):
             part["dtype"] = "bfloat16"
