@@ -2,7 +2,8 @@
 
 PyTorch's bilinear one: half-pixel centres, no antialiasing, ``align_corners=False``, in float32
 with fused multiply-adds, which are emulated in float64: the same on every machine. Pillow's
-bicubic one: antialiased, each direction rounded to 8 bit, by Pillow itself.
+bicubic one: antialiased, each direction rounded to 8 bit, by Pillow itself. PyTorch's bicubic one
+for 8-bit pictures, which is Pillow's with coarser weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
+
+_A = -0.5  # of the bicubic kernel
+_LINES = 64  # computed at a time
+_STRIP = 1 << 20  # values that are float64 at a time
 
 
 def is_reduced(size_hw: tuple[int, int], resized_hw: tuple[int, int], patch: int) -> bool:
@@ -128,6 +133,77 @@ def _resize_along(axis: int, size: int, pixels: UInt8) -> UInt8:
         target = (n_across, size) if axis == 0 else (size, n_across)
         out[part] = np.asarray(strip.resize(target, Image.Resampling.BICUBIC))
     return out
+
+
+def resize_bicubic_8bit(pixels: UInt8, height: int, width: int) -> UInt8:
+    """Bicubic antialiased resize of (h, w, 3) to (height, width, 3), as torchvision's of uint8.
+
+    Horizontally, then vertically; a direction of equal size is left out.
+    """
+    n_rows, n_columns = pixels.shape[:2]
+    if n_columns != width:
+        across = np.empty((n_rows, width, 3), np.uint8)
+        step = max(1, _STRIP // max(n_columns, width))
+        for start in range(0, n_rows, step):
+            strip = pixels[start : start + step].swapaxes(0, 1)
+            lines = _weighed(np.ascontiguousarray(strip).reshape(n_columns, -1), width)
+            across[start : start + step] = lines.reshape(width, -1, 3).swapaxes(0, 1)
+        pixels = across
+    if n_rows != height:
+        lines = _weighed(np.ascontiguousarray(pixels).reshape(n_rows, -1), height)
+        pixels = lines.reshape(height, width, 3)
+    return pixels
+
+
+def _weighed(lines: UInt8, n_out: int) -> UInt8:
+    """(n_out, m): each line a weighed mean of those of (n_in, m) around it, rounded to 8 bit."""
+    first, weights, precision = _bicubic_weights(len(lines), n_out)
+    out = np.empty((n_out, lines.shape[1]), np.uint8)
+    half = np.float64(1 << (precision - 1))
+    for start in range(0, n_out, _LINES):
+        rows = slice(start, start + _LINES)
+        low, high = first[rows].min(), first[rows].max() + weights.shape[1]
+        # As one product: sums of integers below 2**53 are exact in float64.
+        spread = np.zeros((len(first[rows]), high - low))
+        np.put_along_axis(
+            spread, first[rows, None] - low + np.arange(weights.shape[1]), weights[rows], 1
+        )
+        spread = spread[:, : len(lines) - low]  # weights beyond the last line are zero
+        step = max(1, _STRIP // spread.shape[1])
+        for left in range(0, lines.shape[1], step):
+            part = slice(left, left + step)
+            sums = spread @ lines[low:high, part].astype(np.float64)
+            sums += half
+            sums *= 1 / (1 << precision)
+            out[rows, part] = np.clip(np.floor(sums, out=sums), 0, 255, out=sums)
+    return out
+
+
+def _bicubic_weights(
+    n_in: int, n_out: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64], int]:
+    """First input of each output position, its whole-number weights, and the bits they are of.
+
+    The weights are (n_out, most taps); they add up to about 2**bits, of which there are as many as
+    fit a weight into 16 bit, at most 22.
+    """
+    scale = n_in / n_out
+    stretch = max(scale, 1.0)
+    support = 2 * stretch
+    centres = scale * (np.arange(n_out) + 0.5)
+    first = np.maximum((centres - support + 0.5).astype(np.intp), 0)
+    n_taps = np.minimum((centres + support + 0.5).astype(np.intp), n_in) - first
+    taps = np.arange(n_taps.max())
+    distance = np.abs((taps + first[:, None] - centres[:, None] + 0.5) * (1 / stretch))
+    near = ((_A + 2) * distance - (_A + 3)) * distance * distance + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * _A
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    weights[taps >= n_taps[:, None]] = 0
+    weights /= weights.sum(axis=1, keepdims=True)
+    largest = weights.max()
+    precision = max(p for p in range(23) if int(0.5 + largest * (1 << p)) < 1 << 15)
+    weights *= 1 << precision
+    return first, np.trunc(weights + np.copysign(0.5, weights)), precision
 
 
 def _axis(

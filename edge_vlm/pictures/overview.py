@@ -57,7 +57,9 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
         draw.rectangle((left, top, *corner), outline=_LINE, width=2)
         _tag(draw, (left + 5, top + 5), f"{number}: {count} tokens", font)
 
-    small = _scaled(*settings.tile_hw, _THUMBNAIL_SIDE)
+    # Without an overview, the picture as it is seen.
+    seen = settings.tile_hw if plan.overview_tokens else plan.resized_hw
+    small = _scaled(*seen, _THUMBNAIL_SIDE)
     thumbnail = source.resize(small, Image.Resampling.LANCZOS)
     lines = _legend(plan, settings)
     text_width = max(int(draw.textlength(line, font=font)) for line in lines)

@@ -26,6 +26,7 @@ _BUILT_IN = {
     "llava-1.5": "edge_vlm_export.families.llava.llava_15:FAMILY",
     "llava-next": "edge_vlm_export.families.llava.llava_next:FAMILY",
     "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
+    "qwen2.5-vl": "edge_vlm_export.families.qwen2_5_vl.family:FAMILY",
 }
 
 
