@@ -44,7 +44,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def test_every_family_has_its_other_half() -> None:
-    assert list(families()) == ["jina-vlm", "llava-1.5", "llava-next", "llava-onevision"]
+    assert list(families()) == ["jina-vlm", "llava-1.5", "llava-next", "llava-onevision", "qwen2.5-vl"]
     for name, family in families().items():
         assert family.name == name
         assert family.runtime is find_family(name)
@@ -55,7 +55,7 @@ def test_every_family_has_its_other_half() -> None:
 
 def test_a_checkpoint_tells_its_family(tmp_path: Path) -> None:
     assert family_of(TINY).name == "jina-vlm"
-    for name in ("llava-1.5", "llava-next", "llava-onevision"):
+    for name in ("llava-1.5", "llava-next", "llava-onevision", "qwen2.5-vl"):
         assert family_of(GOLDEN / name / "checkpoint").name == name
     required, optional = download_files(TINY)
     assert required[0] == "config.json"
