@@ -53,7 +53,8 @@ class Qwen25VL(Family):
         self, embeddings: Float32, markers: Float32, plan: Layout, processor: QwenImageProcessor
     ) -> Float32:
         """The graph's output as it is."""
-        return embeddings[0]
+        rows: Float32 = embeddings[0]
+        return rows
 
     def block(self, plan: Layout, processor: QwenImageProcessor, tokens: Tokens) -> Int32:
         """As many <|image_pad|> as there are vectors; the template writes what is around them."""

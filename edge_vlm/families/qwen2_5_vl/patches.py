@@ -90,7 +90,12 @@ def largest_pictures(processor: QwenImageProcessor) -> tuple[Size, ...]:
     shapes = [(columns * side, rows * side) for columns, rows in sizes if columns <= 200 * rows]
     # Small and thin ones may become larger than wanted.
     shapes += [(1, 1), (MAX_RATIO, 1), (MAX_RATIO * side, side)]
-    return (max(shapes, key=lambda shape: math.prod(smart_resize(*shape[::-1], processor))),)
+
+    def n_pixels(shape: Size) -> int:
+        height, width = smart_resize(shape[1], shape[0], processor)
+        return height * width
+
+    return (max(shapes, key=n_pixels),)
 
 
 def cut_patches(pixels: UInt8, processor: QwenImageProcessor) -> QwenTiles:

@@ -128,8 +128,7 @@ class Reference:
         if positions is None:
             return np.arange(n)[:, None] * frequencies
         sections = self._model.decoder.sections
-        turning: npt.NDArray[np.float64] = positions[:, np.repeat((0, 1, 2), sections)]
-        return turning * frequencies
+        return positions[:, np.repeat((0, 1, 2), sections)] * frequencies
 
     def normed(self, rows: Float32, weight: Float32) -> Float32:
         """RMSNorm over the last axis."""

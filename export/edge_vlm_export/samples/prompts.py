@@ -71,5 +71,5 @@ class PromptMaker:
             positions.append(at + np.int32(start))
             start = int(positions[-1].max(initial=start - 1)) + 1
         kept = np.array(ids[:MAX_POSITIONS], np.int32)
-        at = None if placed is None else np.concatenate(positions)[:MAX_POSITIONS]
-        return Prompt(kept, rows[: int((kept < 0).sum())], at)
+        where = None if placed is None else np.concatenate(positions)[:MAX_POSITIONS]
+        return Prompt(kept, rows[: int((kept < 0).sum())], where)

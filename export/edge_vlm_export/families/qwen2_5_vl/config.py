@@ -196,6 +196,7 @@ class Generation(Part):
 class QwenSettings(Settings):
     """What the settings files say; ``sections`` as in ``TextConfig``."""
 
+    image_processor: QwenImageProcessor
     config: Config
     text: TextSettings
     sections: tuple[int, int, int]

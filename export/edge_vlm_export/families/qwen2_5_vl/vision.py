@@ -52,7 +52,7 @@ class FoldedKernel(Linear):
 
     def weight(self, tensors: Checkpoint) -> Float32:
         """(n_out, n_in): (n_out, 3, frames, patch, patch), the frames added up."""
-        kernel = tensors[self.weights[0]].read().sum(axis=2)
+        kernel: Float32 = tensors[self.weights[0]].read().sum(axis=2)
         return kernel.reshape(self.n_out, self.n_in)
 
 
