@@ -153,6 +153,11 @@ class Tiles:
     crops: Float32  # (n_crops, n_patches, patch_values)
 
     @property
+    def tokens_per_crop(self) -> int | None:
+        """Vectors of each, where that is not what the image processor says."""
+        return None
+
+    @property
     def extras(self) -> Mapping[str, npt.NDArray[Any]]:
         """Other inputs of the graph: (n_crops,) each, or as ``Family.extra_axes`` says."""
         return {}

@@ -78,7 +78,8 @@ class TileCache:
             Cancelled: ``cancel`` was set; the crops done are kept.
             VisionError, BundleError: as ``VisionTower.encode``.
         """
-        found: dict[int, Float32] = {}
+        n_tokens, hidden = self._vision.output_shape
+        out = np.empty((len(tiles.crops), tiles.tokens_per_crop or n_tokens, hidden), np.float32)
         extras = tiles.extras.values()
         keys = [
             make_key(self._identity, crop.data.cast("B"), *(v[i].tobytes() for v in extras))
@@ -88,11 +89,11 @@ class TileCache:
         wanted: list[int] = []
         for index, key in enumerate(keys):
             if first.setdefault(key, index) == index:
-                known = self._find(key)
+                known = self._find(key, out.shape[1:])
                 if known is None:
                     wanted.append(index)
                 else:
-                    found[index] = known
+                    out[index] = known
         fresh: list[Entry] = []
         n_known = len(keys) - len(wanted)
         report = progress or (lambda _: None)
@@ -101,22 +102,24 @@ class TileCache:
         try:
             for part, rows in self._vision.encode_parts(tiles.feed, wanted, cancel=cancel):
                 for index, row in zip(part, rows, strict=True):
+                    out[index] = row
                     kept = row.copy()  # not a view that would keep the others alive
-                    found[index] = kept
                     fresh.append(Entry(_KIND, keys[index], kept))
                     self._hold(keys[index], kept)
                 report(n_known + len(fresh))
         finally:
             if self._store:
                 self._store.write_soon(fresh)
-        return np.stack([found[first[key]] for key in keys]), len(keys) - len(fresh)
+        for index, key in enumerate(keys):
+            out[index] = out[first[key]]
+        return out, len(keys) - len(fresh)
 
     def markers(self) -> Float32:
         """As ``VisionTower.marker_embeddings``, which need not load the tower."""
         if not self._vision.n_markers:
             return np.empty((0, self._vision.output_shape[1]), np.float32)
         key = make_key(self._identity, b"markers")
-        rows = self._find(key)
+        rows = self._find(key, (self._vision.n_markers, self._vision.output_shape[1]))
         if rows is None:
             rows = self._vision.marker_embeddings
             self._hold(key, rows)
@@ -124,7 +127,7 @@ class TileCache:
                 self._store.write_soon([Entry(_KIND, key, rows)])
         return rows
 
-    def _find(self, key: bytes) -> Float32 | None:
+    def _find(self, key: bytes, shape: tuple[int, ...]) -> Float32 | None:
         with self._guard:
             if key in self._held:
                 self._held.move_to_end(key)
@@ -134,7 +137,7 @@ class TileCache:
         if payload.nbytes != 4 * math.prod(shape):  # not what was written under this key
             self._store.drop(_KIND, key)
             return None
-        rows = payload.view(np.float32).reshape(-1, self._vision.output_shape[1])
+        rows = payload.view(np.float32).reshape(shape)
         self._hold(key, rows)
         return rows
 

@@ -148,6 +148,8 @@ class OnnxTower:
         spinning = str(int(self._engines.spinning))
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.log_severity_level = self._severity
+        # A plan of the memory is made for each size, and held beside what the first run took.
+        options.enable_mem_pattern = not self._processor.any_size
 
         def create(providers: list[str]) -> Any:
             # Its own fallback would try the same again, and print that to stdout.

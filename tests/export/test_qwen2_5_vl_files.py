@@ -96,6 +96,20 @@ def test_other_spellings_of_settings(checkpoint: Path) -> None:
     Model(checkpoint)
 
 
+def test_a_text_config_beside_the_same_keys(checkpoint: Path) -> None:
+    """As some versions of transformers write it; both have to say the same."""
+    expected = read_settings(checkpoint)
+
+    def both(config: Any) -> None:
+        text = {key: config[key] for key in (*TEXT_KEYS, "rope_theta", "rope_scaling")}
+        config["text_config"] = text | {"model_type": "qwen2_5_vl_text"}
+
+    edit_json(checkpoint / "config.json", both)
+    assert read_settings(checkpoint).text == expected.text
+    set_key(checkpoint / "config.json", "hidden_size", 64)
+    refused(checkpoint, "hidden_size is 64, which contradicts text_config.hidden_size: 128")
+
+
 def test_rope_scaling_in_its_three_forms(checkpoint: Path) -> None:
     sections = [4, 6, 6]
     for told in (
@@ -139,7 +153,7 @@ def test_a_head_of_its_own_is_used(checkpoint: Path, tmp_path: Path) -> None:
         ("config", "model_type", "qwen2_vl", ("model_type", "qwen2_5_vl (qwen2.5-vl)")),
         ("config", "hidden_act", "gelu", ("hidden_act", '"silu"')),
         ("config", "use_sliding_window", True, ("use_sliding_window",)),
-        ("config", "rope_scaling", {"type": "yarn"}, ("rope_scaling", '"mrope" or "default"')),
+        ("config", "rope_scaling", {"type": "yarn"}, ("rope_scaling", 'type is "yarn"')),
         ("config", "rope_scaling", None, ("mrope_section", "16 frequencies")),
         ("config", "rope_scaling.mrope_section", [4, 6, 7], ("mrope_section", "16 frequencies")),
         ("config", "rope_scaling.mrope_section", [4, 12], ("mrope_section",)),
@@ -149,6 +163,8 @@ def test_a_head_of_its_own_is_used(checkpoint: Path, tmp_path: Path) -> None:
         ("config", "hidden_size", None, ("hidden_size is missing",)),
         ("config", "image_token_id", 553, ("image_token_id is 553", "552")),
         ("config", "image_token_id", 581, ("image_token_id is 581", "581 ids")),
+        ("config", "mystery", 1, ("mystery is 1, a key that is not known",)),
+        ("config", "vision_config.mystery", 1, ("vision_config.mystery is 1, a key",)),
         ("config", "vision_config", None, ("vision_config is missing",)),
         ("config", "vision_config.hidden_act", "quick_gelu", ("vision_config.hidden_act",)),
         ("config", "vision_config.depth", 3, ("fullatt_block_indexes is 3", "3 blocks")),

@@ -36,12 +36,20 @@ class Qwen25VL(Family):
     processor = QwenImageProcessor
     tokens = Tokens
     prompt = Prompt
-    extras = dict.fromkeys(("places", "windows", "slots"), np.int64)
+    extras: ClassVar[dict[str, type[np.generic]]] = {
+        "places": np.int64,
+        "windows": np.int64,
+        "filled": np.bool_,
+        "slots": np.int64,
+    }
     extra_axes: ClassVar[dict[str, Axes]] = {
         "places": ("n_patches", 2),
         "windows": ("n_windows", "window_patches"),
+        "filled": ("n_windows", "window_patches"),
         "slots": ("n_patches",),
     }
+    # Angles, RMSNorm, and parts of a picture's windows.
+    operators = frozenset({"Cos", "Sin", "Pow", "Shape"})
 
     layout = staticmethod(patches.plan_picture)
     cut = staticmethod(patches.cut_patches)

@@ -32,10 +32,15 @@ Size = tuple[int, int]  # height, width, or rows, columns
 class QwenTiles(Tiles):
     """A picture's patches, and how the tower has to look at them."""
 
-    arranged: Mapping[str, Int64]
+    arranged: Mapping[str, npt.NDArray[np.generic]]
 
     @property
-    def extras(self) -> Mapping[str, Int64]:
+    def tokens_per_crop(self) -> int:
+        """All of the picture's."""
+        return self.plan.n_tokens
+
+    @property
+    def extras(self) -> Mapping[str, npt.NDArray[np.generic]]:
         """See ``arrangement``."""
         return self.arranged
 
@@ -128,12 +133,13 @@ def normalised_levels(processor: QwenImageProcessor) -> Float32:
     return normalised
 
 
-def arrangement(tiling: Size, processor: QwenImageProcessor) -> dict[str, Int64]:
+def arrangement(tiling: Size, processor: QwenImageProcessor) -> dict[str, npt.NDArray[np.generic]]:
     """Of a picture of so many rows and columns of blocks, as the graph takes it.
 
     * ``places`` (1, n_patches, 2): each patch's row and column,
-    * ``windows`` (1, n_windows, window_patches): the patches of each window, -1 where the picture
+    * ``windows`` (1, n_windows, window_patches): the patches of each window, any where the picture
       ends inside it,
+    * ``filled``, of the same shape: whether it does not,
     * ``slots`` (1, n_patches): where each patch is among those, the windows laid end to end.
     """
     merge, window, n_sub = processor.merge_size, processor.window_blocks, processor.block_patches
@@ -146,9 +152,16 @@ def arrangement(tiling: Size, processor: QwenImageProcessor) -> dict[str, Int64]
     number = rows // window * across + columns // window
     inside = rows % window * window + columns % window
     slots = (number * window**2 + inside)[:, None] * n_sub + np.arange(n_sub)
-    windows = np.full((down * across, window**2 * n_sub), -1, np.int64)
+    windows = np.zeros((1, down * across, window**2 * n_sub), np.int64)
+    filled = np.zeros(windows.shape, np.bool_)
     windows.reshape(-1)[slots.ravel()] = np.arange(slots.size)
-    return {"places": places[None], "windows": windows[None], "slots": slots.reshape(1, -1)}
+    filled.reshape(-1)[slots.ravel()] = True
+    return {
+        "places": places[None],
+        "windows": windows,
+        "filled": filled,
+        "slots": slots.reshape(1, -1),
+    }
 
 
 def block_positions(plan: Layout, processor: QwenImageProcessor) -> Int32:

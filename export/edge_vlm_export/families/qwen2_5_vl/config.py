@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, Strict, ValidationError, model_validator
 
@@ -21,22 +21,25 @@ from edge_vlm_export.checkpoint.config_file import (
     Epsilon,
     HubName,
     Layers,
-    Off,
     On,
-    Part,
     Size,
     StopIds,
-    Theta,
     TokenId,
     check_same,
-    parse_part,
-    read_chat_template,
     read_object,
     read_part,
 )
+from edge_vlm_export.checkpoint.known_keys import Keys, Known
 from edge_vlm_export.checkpoint.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llama_like import TextSettings
+from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.settings_files import (
+    IMAGE_KEYS,
+    read_chat_template,
+    read_images,
+    read_stop_ids,
+)
 from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -47,18 +50,31 @@ Sections = Annotated[tuple[Size, Size, Size], Strict(False)]
 Pixels = Annotated[int, Field(ge=1, le=1 << 26)]
 
 
-class Rope(Part):
-    """M-RoPE: how many of a head's frequencies turn by time, row and column."""
+# Keys of the language model that a newer file may have twice.
+_REPEATED = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_theta",
+        "hidden_act",
+        "use_sliding_window",
+    ]
+)
 
-    kind: Literal["mrope", "default"] = Field(
-        default="default", validation_alias=AliasChoices("rope_type", "type")
-    )
-    mrope_section: Sections | None = None
-    rope_theta: Theta | None = None
 
+class TextConfig(RotaryText):
+    """Qwen2.5 with M-RoPE: how many of a head's frequencies turn by time, row and column."""
 
-class TextConfig(Part):
-    """Qwen2.5."""
+    harmless: ClassVar[Keys] = (
+        "sliding_window",
+        "max_window_layers",
+    )  # for use_sliding_window alone
 
     model_type: Literal["qwen2_5_vl", "qwen2_5_vl_text"]
     hidden_size: Size
@@ -70,24 +86,28 @@ class TextConfig(Part):
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
     rms_norm_eps: Epsilon = 1e-5
-    rope_theta: Theta | None = None
-    rope_parameters: Rope = Rope()
-    rope_scaling: Rope = Rope()
     hidden_act: Literal["silu"] = "silu"
-    use_sliding_window: Off = False
-    layer_types: list[Literal["full_attention"]] = Field(default=[], max_length=1 << 10)
+    mrope_section: Sections | None = None
     tie_word_embeddings: bool | None = None
     eos_token_id: StopIds | None = None
 
-    @property
-    def theta(self) -> float:
-        """The base of the rotary positions' frequencies; 0 where nothing is said."""
-        return self.rope_theta or self.rope_parameters.rope_theta or 0.0
+    @classmethod
+    def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Its rotary positions without what is M-RoPE's, which stands beside them."""
+        data = dict(data)
+        for key in ("rope_scaling", "rope_parameters"):
+            if isinstance(told := data.get(key), dict):
+                rest = {name: value for name, value in told.items() if name != "mrope_section"}
+                kinds = [name for name in ("type", "rope_type") if rest.get(name) == "mrope"]
+                data[key] = rest | dict.fromkeys(kinds, "default")
+                if told.get("mrope_section") is not None:
+                    data.setdefault("mrope_section", told["mrope_section"])
+        return super().prepared(data)
 
     @property
     def sections(self) -> tuple[int, int, int]:
-        """Frequencies that turn by time, row and column; zeros where nothing is said."""
-        return self.rope_scaling.mrope_section or self.rope_parameters.mrope_section or (0, 0, 0)
+        """Frequencies of each kind."""
+        return self.mrope_section or (0, 0, 0)
 
     @property
     def attention(self) -> AttentionSizes:
@@ -101,22 +121,25 @@ class TextConfig(Part):
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
         n_heads, sizes = self.num_attention_heads, self.attention
-        if not self.theta:
-            raise wrong("rope_theta", None, "and rope_parameters has none either")
         if self.head_dim is None and self.hidden_size % n_heads:
             raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
         if n_heads % sizes.n_kv_heads:
             raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
         if 2 * sum(self.sections) != sizes.head_dim:
-            told = list(self.sections) if any(self.sections) else None
             half = f"a head has {sizes.head_dim / 2:g} frequencies"
-            raise wrong("rope_scaling.mrope_section", told, half)
+            raise wrong("rope_scaling.mrope_section", self.mrope_section, half)
         return self
 
 
-class VisionConfig(Part):
+class VisionConfig(Known):
     """The tower and the merger."""
 
+    harmless: ClassVar[Keys] = (
+        "spatial_patch_size",
+        "tokens_per_second",
+    )  # read by nobody, and for films
+
+    model_type: Literal["qwen2_5_vl"] = "qwen2_5_vl"
     depth: Layers
     hidden_size: Size
     intermediate_size: Size
@@ -149,7 +172,7 @@ class VisionConfig(Part):
         return self
 
 
-class Config(Part):
+class Config(Known):
     """``config.json`` without the language model."""
 
     model_type: Literal["qwen2_5_vl"]
@@ -159,15 +182,17 @@ class Config(Part):
     name: HubName = Field(default=None, validation_alias="_name_or_path")
 
 
-class Limits(Part):
+class Limits(Known):
     """``size``: numbers of pixels, whatever their names say."""
 
     shortest_edge: Pixels
     longest_edge: Pixels
 
 
-class Preprocessor(Part):
+class Preprocessor(Known):
     """``preprocessor_config.json``; what is absent is the class's default."""
+
+    harmless: ClassVar[Keys] = IMAGE_KEYS
 
     image_processor_type: Annotated[str, Field(pattern=r"^Qwen2(_5_)?VLImageProcessor")]
     min_pixels: Pixels | None = None
@@ -186,15 +211,9 @@ class Preprocessor(Part):
     do_convert_rgb: On = True
 
 
-class Generation(Part):
-    """``generation_config.json``."""
-
-    eos_token_id: StopIds | None = None
-
-
 @dataclass(frozen=True)
 class QwenSettings(Settings):
-    """What the settings files say; ``sections`` as in ``TextConfig``."""
+    """What the settings files say; ``sections`` are M-RoPE's."""
 
     image_processor: QwenImageProcessor
     config: Config
@@ -202,18 +221,28 @@ class QwenSettings(Settings):
     sections: tuple[int, int, int]
 
 
+class _WithText(Config):
+    """With the language model's keys at the top."""
+
+    harmless: ClassVar[Keys] = ("text_config", *TextConfig.model_fields, *TextConfig.harmless)
+
+
+class _TextAtTheTop(TextConfig):
+    harmless: ClassVar[Keys] = (*TextConfig.harmless, *Config.model_fields)
+
+
 def read_settings(folder: Path) -> QwenSettings:
     """See ``Family.read_settings``."""
     path = folder / "config.json"
-    config = read_part(Config, path)
     written = read_object(path)
-    nested = written.get("text_config") is not None
-    text = parse_part(
-        TextConfig,
-        written["text_config"] if nested else written,
-        path,
-        "text_config." if nested else "",
-    )
+    config = read_part(_WithText, path)
+    nested = written.get("text_config")
+    if nested is None:
+        text: TextConfig = read_part(_TextAtTheTop, path)
+    else:
+        text = read_part(TextConfig, path, inside="text_config")
+        for key in _REPEATED & nested.keys():
+            check_same(path, key, written.get(key), nested[key], f"text_config.{key}")
     vision = config.vision_config
     check_same(
         path,
@@ -228,8 +257,8 @@ def read_settings(folder: Path) -> QwenSettings:
         )
     sizes = _text(text, _known_ids(folder, text.vocab_size))
     return QwenSettings(
-        image_processor=_image_processor(vision, *_preprocessor(folder)),
-        stop_ids=_stop_ids(folder, text, sizes),
+        image_processor=_image_processor(vision, *read_images(Preprocessor, folder)),
+        stop_ids=read_stop_ids(folder, sizes.vocab_size, text),
         chat_template=read_chat_template(folder),
         name=config.name,
         tie_word_embeddings=tuple({config.tie_word_embeddings, text.tie_word_embeddings}),
@@ -237,14 +266,6 @@ def read_settings(folder: Path) -> QwenSettings:
         text=sizes,
         sections=text.sections,
     )
-
-
-def _preprocessor(folder: Path) -> tuple[Preprocessor, Path]:
-    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if not path.exists() and newer.exists():
-        told: Any = read_object(newer).get("image_processor")
-        return parse_part(Preprocessor, told or {}, newer, "image_processor."), newer
-    return read_part(Preprocessor, path), path
 
 
 def _image_processor(
@@ -298,19 +319,3 @@ def _text(text: TextConfig, n_known: int) -> TextSettings:
         vocab_size=n_known,
         additional_vocab_size=text.vocab_size - n_known,
     )
-
-
-def _stop_ids(folder: Path, config: TextConfig, text: TextSettings) -> tuple[int, ...]:
-    path, told = folder / "generation_config.json", None
-    if path.exists():
-        told = read_part(Generation, path).eos_token_id
-    if told is None:
-        path, told = folder / "config.json", config.eos_token_id
-    if told is None:
-        raise CheckpointError(f"{path}: eos_token_id is missing, also from generation_config.json")
-    for token in told:
-        if token >= text.vocab_size:
-            raise CheckpointError(
-                f"{path}: eos_token_id is {token}, the ids of answers end at {text.vocab_size}"
-            )
-    return tuple(dict.fromkeys(told))

@@ -14,6 +14,7 @@ from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
 from edge_vlm_export.families.qwen2_5_vl.config import QwenSettings, read_settings
 from edge_vlm_export.families.qwen2_5_vl.vision import VISION, vision_tower
+from edge_vlm_export.families.settings_files import SETTINGS_FILES
 
 if TYPE_CHECKING:
     from edge_vlm.families.qwen2_5_vl.processor import QwenImageProcessor
@@ -37,14 +38,7 @@ class Qwen25VL(Family):
     summary = "a ViT with windows, a merger, Qwen2.5 with M-RoPE"
     model_types = ("qwen2_5_vl",)
     required_files = ("tokenizer.json",)
-    optional_files = (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        *NAMES,
-    )
+    optional_files = ("processor_config.json", *SETTINGS_FILES, *NAMES)
     configs: ClassVar[Mapping[str, tuple[Path, ...]]] = {
         name: (_CONFIGS / name,) for name in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
     }

@@ -3,8 +3,7 @@
 Blocks with RMSNorm, rotary positions of row and column, and a gated feed-forward part. Most attend
 inside windows of 8 x 8 patches: every window is filled up to a whole one, so that all are a batch
 of their own, and what filled them is masked. The others attend over the whole picture: on the CPU
-in onnxruntime's flash attention, else a window's queries at a time; no scores of all patches with
-all are ever held.
+in onnxruntime's flash attention, which holds no scores of all patches with all, else in parts.
 
 ``vit_features`` (1, n_patches, hidden_size) is the output of the last block, in block order.
 
@@ -18,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edge_vlm_export.families.vit import linear
 from edge_vlm_export.graph.architecture import (
@@ -40,9 +39,15 @@ if TYPE_CHECKING:
 VISION = "visual."
 EMBEDDING = "patch_embed"
 MERGER = "merger"
-ARRANGEMENT = ("places", "windows", "slots")  # see families.qwen2_5_vl.patches of the runtime
+ARRANGEMENT = (
+    "places",
+    "windows",
+    "filled",
+    "slots",
+)  # see families.qwen2_5_vl.patches of the runtime
 EPS = 1e-6
 THETA = 10000.0
+PARTS = 32  # of a picture's queries, where its scores would be held as a whole
 _NOTHING = -1e30  # added to scores of what is not there
 
 
@@ -193,7 +198,7 @@ class _Builder:
             return layers.attention(name, q, k, v, self.heads)
         q = self._in_windows(layers, q)
         if is_full:
-            mixed = self._scanned(layers, name, q, k, v)
+            mixed = self._in_parts(layers, name, q, k, v)
         else:
             k, v = (self._in_windows(layers, part) for part in (k, v))
             mixed = layers.attention(name, q, k, v, self.heads, _mask(layers))
@@ -203,15 +208,6 @@ class _Builder:
         """Halves of each head turned by the angles of row and column."""
         g, heads = layers.graph, self.heads
         cos, sin = self._angles(layers, "Cos"), self._angles(layers, "Sin")
-        if layers.on_cpu:
-            inputs = x, layers.ints(0), cos, sin
-            return g.op(
-                "RotaryEmbedding",
-                f"{x}.rotated",
-                *inputs,
-                domain="com.microsoft",
-                num_heads=heads.n_heads,
-            )
         half = heads.head_dim // 2
         split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
         first, second = g.split(split, [f"{x}.first", f"{x}.second"])
@@ -259,11 +255,10 @@ class _Builder:
         """(1, n_patches, ...) as (n_windows, window_patches, ...)."""
         g = layers.graph
 
-        def patches(name: str) -> str:
-            flat = g.op("Reshape", f"{name}.flat", "windows", layers.ints(-1))
-            return g.op("Max", name, flat, layers.ints(0))
-
-        chosen = g.op("Gather", f"{x}.gathered", x, layers.once("windows.patches", patches), axis=1)
+        patches = layers.once(
+            "windows.patches", lambda name: g.op("Reshape", name, "windows", layers.ints(-1))
+        )
+        chosen = g.op("Gather", f"{x}.gathered", x, patches, axis=1)
         n = self.images.window_blocks**2 * self.images.block_patches
         return g.op("Reshape", f"{x}.in_windows", chosen, layers.ints(-1, n, self.heads.q_size))
 
@@ -276,59 +271,68 @@ class _Builder:
         )
         return g.op("Gather", f"{name}.in_order", flat, slots, axis=1)
 
-    def _scanned(self, layers: Layers, name: str, q: str, k: str, v: str) -> str:
-        """Attention to the whole picture, a window's queries at a time: as q, in windows."""
+    def _in_parts(self, layers: Layers, name: str, q: str, k: str, v: str) -> str:
+        """Attention to the whole picture, some windows' queries at a time: as q, in windows.
+
+        Standard operators without a loop cannot do it for one window after the other.
+        """
         g, heads = layers.graph, self.heads
         split = layers.ints(-1, heads.n_heads, heads.head_dim)
         k, v = (g.op("Reshape", f"{part}.split", part, split) for part in (k, v))
         k = g.op("Transpose", f"{k}.heads", k, perm=(1, 2, 0))
         v = g.op("Transpose", f"{v}.heads", v, perm=(1, 0, 2))
-        scale = layers.head_scale(heads)
-        n, width = self.images.window_blocks**2 * self.images.block_patches, heads.q_size
-        made = (f"{name}.scan.{step}" for step in range(9))
-        nodes = [
-            (kind, next(made), attributes)
-            for kind, attributes in (
-                ("Reshape", {}),
-                ("Transpose", {"perm": (1, 0, 2)}),
-                ("Mul", {}),
-                ("MatMul", {}),
-                ("Softmax", {"axis": -1}),
-                ("MatMul", {}),
-                ("Transpose", {"perm": (1, 0, 2)}),
-                ("Reshape", {}),
+        n = self.images.window_blocks**2 * self.images.block_patches
+        by_head = layers.ints(-1, n, heads.n_heads, heads.head_dim)
+        mixed = []
+        for index in range(PARTS):
+            part = f"{name}.part{index}"
+            some = g.op("Slice", f"{part}.q", q, *self._part(layers, index), layers.ints(0))
+            some = g.op("Reshape", f"{part}.split", some, by_head)
+            some = g.op("Transpose", f"{part}.heads", some, perm=(0, 2, 1, 3))
+            some = g.op("Mul", f"{part}.scaled", some, layers.head_scale(heads))
+            some = g.op("MatMul", f"{part}.scores", some, k)
+            some = g.op("Softmax", f"{part}.weights", some, axis=-1)
+            some = g.op("MatMul", f"{part}.values", some, v)
+            some = g.op("Transpose", f"{part}.by_patch", some, perm=(0, 2, 1, 3))
+            mixed.append(g.op("Reshape", f"{part}.joined", some, layers.ints(-1, n, heads.q_size)))
+        return g.op("Concat", f"{name}.mixed", *mixed, axis=0)
+
+    def _part(self, layers: Layers, index: int) -> tuple[str, str]:
+        """First window of a part, and the first behind it; there may be none in the last ones."""
+        g = layers.graph
+
+        def size(name: str) -> str:
+            shape = g.op("Shape", f"{name}.of", "windows", start=1, end=2)
+            padded = g.op("Add", f"{name}.padded", shape, layers.ints(PARTS - 1))
+            return g.op("Div", name, padded, layers.ints(PARTS))
+
+        def edge(number: int) -> str:
+            many = layers.once("windows.part", size)
+            return layers.once(
+                f"windows.edge{number}",
+                lambda name: g.op("Mul", name, many, layers.ints(number)),
             )
-        ]
-        x, others = f"{name}.scan.q", {0: split, 2: scale, 3: k, 5: v, 7: layers.ints(-1, width)}
-        body = []
-        for step, (kind, output, attributes) in enumerate(nodes):
-            inputs = [x, *([others[step]] if step in others else [])]
-            body.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-            x = output
-        one = [
-            helper.make_tensor_value_info(value, TensorProto.FLOAT, (n, width))
-            for value in (f"{name}.scan.q", x)
-        ]
-        graph = helper.make_graph(body, f"{name}.scan", one[:1], one[1:])
-        return g.op("Scan", f"{name}.mixed", q, body=graph, num_scan_inputs=1)
+
+        return edge(index), edge(index + 1)
 
 
 def _mask(layers: Layers) -> str:
     """See ``Layers.attention``."""
-    g = layers.graph
-
-    def is_there(name: str) -> str:
-        windows = g.op("Squeeze", f"{name}.windows", "windows", layers.ints(0))
-        return g.op("GreaterOrEqual", name, windows, layers.ints(0))
+    g, n = layers.graph, "filled.windows"
 
     def counted(name: str) -> str:
-        return g.op("Cast", name, layers.once("windows.filled", is_there), to=TensorProto.INT32)
+        flat = g.op("Squeeze", n, "filled", layers.ints(0))
+        return g.op("Cast", name, flat, to=TensorProto.INT32)
 
     def added(name: str) -> str:
-        nothing, something = g.constant("nothing", _NOTHING), g.constant("something", 0.0)
-        filled = layers.once("windows.filled", is_there)
-        found = g.op("Where", f"{name}.scores", filled, something, nothing)
-        return g.op("Unsqueeze", name, found, layers.ints(1, 2))
+        missing = g.op("Sub", n, layers.floats(f"{n}.floats", "filled"), g.constant("one", 1.0))
+        missing = g.op("Mul", f"{n}.scores", missing, g.constant("nothing", -_NOTHING))
+        return g.op(
+            "Transpose",
+            name,
+            g.op("Unsqueeze", f"{n}.rows", missing, layers.ints(1)),
+            perm=(2, 0, 1, 3),
+        )
 
     return layers.once("windows.mask", counted if layers.on_cpu else added)
 
