@@ -57,9 +57,7 @@ def draw_tiling(pixels: npt.NDArray[np.uint8], settings: ImageProcessor) -> Imag
         draw.rectangle((left, top, *corner), outline=_LINE, width=2)
         _tag(draw, (left + 5, top + 5), f"{number}: {count} tokens", font)
 
-    # Without an overview, the picture as it is seen.
-    seen = settings.tile_hw if plan.overview_tokens else plan.resized_hw
-    small = _scaled(*seen, _THUMBNAIL_SIDE)
+    small = _scaled(*settings.tile_hw, _THUMBNAIL_SIDE)
     thumbnail = source.resize(small, Image.Resampling.LANCZOS)
     lines = _legend(plan, settings)
     text_width = max(int(draw.textlength(line, font=font)) for line in lines)
@@ -90,6 +88,11 @@ def _legend(plan: Layout, settings: ImageProcessor) -> list[str]:
     n_patch_tokens = plan.overview_tokens + plan.tile_tokens
     n_markers = plan.n_tokens - n_patch_tokens
     thumbnail = " and a thumbnail" if plan.overview_tokens else ""
+    if settings.any_size:
+        return [
+            f"{width}x{height} pixels, used at {used_w}x{used_h} as a whole:"
+            f" {rows}x{columns} image tokens"
+        ]
     return [
         f"{width}x{height} pixels, used at {used_w}x{used_h}: {rows}x{columns} tiles of"
         f" {base_w}x{base_h}{thumbnail}",

@@ -49,22 +49,13 @@ Three = Annotated[tuple[float, float, float], Strict(False)]  # an array is no t
 Sections = Annotated[tuple[Size, Size, Size], Strict(False)]
 Pixels = Annotated[int, Field(ge=1, le=1 << 26)]
 
-
 # Keys of the language model that a newer file may have twice.
 _REPEATED = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "rms_norm_eps",
-        "rope_theta",
-        "hidden_act",
-        "use_sliding_window",
-    ]
+    (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "rope_theta"),
+        *("hidden_act", "use_sliding_window"),
+    )
 )
 
 
