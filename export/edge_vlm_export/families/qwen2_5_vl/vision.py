@@ -208,18 +208,8 @@ class _Builder:
         """Halves of each head turned by the angles of row and column."""
         g, heads = layers.graph, self.heads
         cos, sin = self._angles(layers, "Cos"), self._angles(layers, "Sin")
-        half = heads.head_dim // 2
         split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
         first, second = g.split(split, [f"{x}.first", f"{x}.second"])
-        cos, sin = (
-            layers.once(
-                f"{angles}.by_head",
-                lambda name, angles=angles: g.op(  # type: ignore[misc]
-                    "Reshape", name, angles, layers.ints(-1, 1, half)
-                ),
-            )
-            for angles in (cos, sin)
-        )
         turned = [
             g.op(
                 kind,
@@ -236,7 +226,7 @@ class _Builder:
         return g.op("Reshape", f"{x}.rotated", joined, layers.ints(1, -1, heads.q_size))
 
     def _angles(self, layers: Layers, function: str) -> str:
-        """(n_patches, head_dim / 2): cosines or sines, of the row and then of the column."""
+        """(n_patches, 1, head_dim / 2): cosines or sines, of the row and then of the column."""
         g, n = layers.graph, self.heads.head_dim // 4
         frequencies = THETA ** -(np.arange(n, dtype=np.float64) / n)
 
@@ -244,7 +234,7 @@ class _Builder:
             places = layers.floats(f"{name}.places", "places")
             places = g.op("Reshape", f"{name}.by_axis", places, layers.ints(-1, 2, 1))
             turned = g.op("Mul", f"{name}.turned", places, g.constant("frequencies", frequencies))
-            return g.op("Reshape", name, turned, layers.ints(-1, 2 * n))
+            return g.op("Reshape", name, turned, layers.ints(-1, 1, 2 * n))
 
         return layers.once(
             f"places.{function.lower()}",
