@@ -44,7 +44,13 @@ Floats = npt.NDArray[np.float32]
 
 
 def test_every_family_has_its_other_half() -> None:
-    assert list(families()) == ["jina-vlm", "llava-1.5", "llava-next", "llava-onevision", "qwen2.5-vl"]
+    assert list(families()) == [
+        "jina-vlm",
+        "llava-1.5",
+        "llava-next",
+        "llava-onevision",
+        "qwen2.5-vl",
+    ]
     for name, family in families().items():
         assert family.name == name
         assert family.runtime is find_family(name)
