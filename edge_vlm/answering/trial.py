@@ -248,6 +248,6 @@ def _try_vision(bundle: Bundle, engines: EngineSettings) -> None:
 
     processor = bundle.manifest.image_processor
     tower = OnnxTower(bundle, engines)
-    crops = np.zeros((1, *processor.crop_shape), np.float32)
-    tower.encode_crops(family_of(processor).inputs(crops))
+    crops = np.zeros((1, *processor.least_crop), np.float32)
+    tower.encode_crops(family_of(processor).inputs(crops, processor))
     _ = tower.marker_embeddings

@@ -32,12 +32,17 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom; parts of the picture's sides
+Axes = tuple["int | str", ...]  # of a graph's value; one of any length has a name
 
 
 class ImageProcessor(Part, ABC):
     """How a picture becomes crops: a family's own settings, and what every family's tell."""
 
     family: ClassVar[str]
+    # Whether a picture is one crop of any number of patches. Then what is told of a crop is that
+    # of some square one, with which limits and measurements count, and a larger crop has vectors in
+    # the same proportion.
+    any_size: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -58,6 +63,28 @@ class ImageProcessor(Part, ABC):
     @abstractmethod
     def max_tiles(self) -> int:
         """Most crops of a picture besides its overview."""
+
+    @property
+    def description(self) -> str:
+        """What is done with pictures, in a few words."""
+        height, width = self.tile_hw
+        return f"tiles of {width}x{height}, at most {self.max_tiles} and a thumbnail"
+
+    @property
+    def crop_axes(self) -> Axes:
+        """``crop_shape`` as the graph declares it."""
+        return ("n_patches", self.crop_shape[1]) if self.any_size else self.crop_shape
+
+    @property
+    def vector_axis(self) -> int | str:
+        """``tokens_per_crop``, likewise."""
+        return "n_tokens" if self.any_size else self.tokens_per_crop
+
+    @property
+    def least_crop(self) -> tuple[int, int]:
+        """The shape of the smallest crop that the graph takes."""
+        n_patches, values = self.crop_shape
+        return (n_patches // self.tokens_per_crop if self.any_size else n_patches), values
 
 
 class Tokens(Part):
@@ -126,8 +153,13 @@ class Tiles:
     crops: Float32  # (n_crops, n_patches, patch_values)
 
     @property
+    def tokens_per_crop(self) -> int | None:
+        """Vectors of each, where that is not what the image processor says."""
+        return None
+
+    @property
     def extras(self) -> Mapping[str, npt.NDArray[Any]]:
-        """Other inputs of the graph: (n_crops,) each."""
+        """Other inputs of the graph: (n_crops,) each, or as ``Family.extra_axes`` says."""
         return {}
 
     @property
@@ -170,10 +202,11 @@ class Family(ABC):
     prompt: ClassVar[type[Prompt]]
     # Rows of the decoder's input that no crop decides; the graph gives them as marker_embeddings.
     n_markers: ClassVar[int] = 0
-    # Inputs of the graph besides crops, one value a crop.
+    # Inputs of the graph besides crops, one value a crop unless ``extra_axes`` names others.
     extras: ClassVar[Mapping[str, type[np.generic]]] = {}
     # Standard operators of the graph besides those of ``bundle/onnx_files.py``.
     operators: ClassVar[frozenset[str]] = frozenset()
+    extra_axes: ClassVar[Mapping[str, Axes]] = {}
 
     @abstractmethod
     def layout(self, width: int, height: int, processor: Any) -> Layout:
@@ -251,6 +284,11 @@ class Family(ABC):
     def work(self, processor: Any, vision: Vision) -> VisionWork:
         """What one crop costs in the vision graph."""
 
+    def picture_work(self, plan: Any, processor: Any, vision: Vision) -> VisionWork:
+        """What each crop of this picture does, which differs where it may have any size."""
+        del plan
+        return self.work(processor, vision)
+
     @abstractmethod
     def released(self) -> Mapping[str, Released]:
         """Released models by name, in float16 or as published."""
@@ -259,8 +297,9 @@ class Family(ABC):
         """The efficiency table of the family's paper, computed again; empty if it has none."""
         return ()
 
-    def inputs(self, crops: Float32) -> dict[str, npt.NDArray[Any]]:
+    def inputs(self, crops: Float32, processor: Any) -> dict[str, npt.NDArray[Any]]:
         """Inputs of the graph for crops that are no picture's, to measure with."""
+        del processor
         zeros = {name: np.zeros(len(crops), kind) for name, kind in self.extras.items()}
         return {"crops": crops, **zeros}
 
@@ -273,6 +312,7 @@ _BUILT_IN = {
     "llava-next": "edge_vlm.families.llava.llava_next",
     "internvl": "edge_vlm.families.internvl.family",
     "llava-onevision": "edge_vlm.families.llava_onevision.family",
+    "qwen2.5-vl": "edge_vlm.families.qwen2_5_vl.family",
 }
 
 

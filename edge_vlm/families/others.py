@@ -19,6 +19,9 @@ from edge_vlm.families.llava_like import plan_grid
 from edge_vlm.families.llava_onevision.released import IMAGE_PROCESSOR as ONEVISION
 from edge_vlm.families.llava_onevision.released import RELEASED
 from edge_vlm.families.llava_onevision.tiling import plan_tiling
+from edge_vlm.families.qwen2_5_vl.patches import smart_resize
+from edge_vlm.families.qwen2_5_vl.released import IMAGE_PROCESSOR as QWEN
+from edge_vlm.families.qwen2_5_vl.released import RELEASED as QWEN_RELEASED
 from edge_vlm.families.sizes import Decoder
 
 Size = tuple[int, int]  # width, height, in pixels, tiles or patches
@@ -83,19 +86,10 @@ def llama_32_vision(width: int, height: int) -> Usage:
 def qwen_25_vl(width: int, height: int) -> Usage:
     """A vector for each 28 x 28 pixels, up to 16,384, and two markers.
 
-    Source: transformers, models/qwen2_vl (smart_resize); min and max_pixels of
-    Qwen2.5-VL-7B-Instruct's preprocessor_config.json.
+    As ``families.qwen2_5_vl`` for the released models.
     """
-    side, least, most = 28, 56 * 56, 16384 * 28 * 28
-    columns, rows = round(width / side), round(height / side)
-    if columns * rows * side**2 > most:
-        shrink = math.sqrt(width * height / most)
-        columns = max(1, math.floor(width / shrink / side))
-        rows = max(1, math.floor(height / shrink / side))
-    elif columns * rows * side**2 < least:
-        grow = math.sqrt(least / (width * height))
-        columns, rows = math.ceil(width * grow / side), math.ceil(height * grow / side)
-    return Usage(columns * rows + 2)
+    resized = smart_resize(height, width, QWEN)
+    return Usage(math.prod(resized) // QWEN.block_size**2 + 2)
 
 
 def pixtral(width: int, height: int) -> Usage:
@@ -177,7 +171,8 @@ OTHER_MODELS = (
         llama_32_vision,
         20,
     ),
-    OtherModel("Qwen2.5-VL 7B", _decoder(28, 3584, 18944, 28, 4, 152064), 0.676e9, qwen_25_vl),
+    OtherModel("Qwen2.5-VL 3B", QWEN_RELEASED["qwen2.5-vl-3b"].decoder, 0.668e9, qwen_25_vl),
+    OtherModel("Qwen2.5-VL 7B", QWEN_RELEASED["qwen2.5-vl-7b"].decoder, 0.676e9, qwen_25_vl),
     OtherModel("Pixtral 12B", _decoder(40, 5120, 14336, 32, 8, 131072), 0.435e9, pixtral),
     OtherModel("InternVL2.5 1B", INTERNVL_RELEASED["internvl2.5-1b"].decoder, 0.309e9, internvl),
     OtherModel("InternVL2.5 8B", INTERNVL_RELEASED["internvl2.5-8b"].decoder, 0.338e9, internvl),

@@ -65,6 +65,11 @@ class VisionWork:
     connector_flops: int
     live_bytes: int  # of float32 tensors that are needed at once
 
+    @property
+    def flops(self) -> int:
+        """Of both parts."""
+        return self.tower_flops + self.connector_flops
+
 
 @dataclass(frozen=True)
 class Transformer:

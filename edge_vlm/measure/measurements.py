@@ -125,7 +125,7 @@ class Measurements:
         processor = Bundle.open(model).manifest.image_processor
         shape = (crops, *processor.crop_shape)
         pixels = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-        feed = family_of(processor).inputs(pixels)
+        feed = family_of(processor).inputs(pixels, processor)
         if fresh:
             first = range(min(crops, tower.crops_at_once))
             list(tower.encode_parts(feed, first))  # memory is laid out in the first run

@@ -88,6 +88,11 @@ def _legend(plan: Layout, settings: ImageProcessor) -> list[str]:
     n_patch_tokens = plan.overview_tokens + plan.tile_tokens
     n_markers = plan.n_tokens - n_patch_tokens
     thumbnail = " and a thumbnail" if plan.overview_tokens else ""
+    if settings.any_size:
+        return [
+            f"{width}x{height} pixels, used at {used_w}x{used_h} as a whole:"
+            f" {rows}x{columns} image tokens"
+        ]
     return [
         f"{width}x{height} pixels, used at {used_w}x{used_h}: {rows}x{columns} tiles of"
         f" {base_w}x{base_h}{thumbnail}",

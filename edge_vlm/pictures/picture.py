@@ -78,7 +78,8 @@ class TileCache:
             Cancelled: ``cancel`` was set; the crops done are kept.
             VisionError, BundleError: as ``VisionTower.encode``.
         """
-        out = np.empty((len(tiles.crops), *self._vision.output_shape), np.float32)
+        n_tokens, hidden = self._vision.output_shape
+        out = np.empty((len(tiles.crops), tiles.tokens_per_crop or n_tokens, hidden), np.float32)
         extras = tiles.extras.values()
         keys = [
             make_key(self._identity, crop.data.cast("B"), *(v[i].tobytes() for v in extras))
@@ -115,6 +116,8 @@ class TileCache:
 
     def markers(self) -> Float32:
         """As ``VisionTower.marker_embeddings``, which need not load the tower."""
+        if not self._vision.n_markers:
+            return np.empty((0, self._vision.output_shape[1]), np.float32)
         key = make_key(self._identity, b"markers")
         rows = self._find(key, (self._vision.n_markers, self._vision.output_shape[1]))
         if rows is None:

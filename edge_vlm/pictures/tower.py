@@ -60,7 +60,8 @@ class OnnxTower:
         self._family = family_of(self._processor)
         check_graph(path, bundle.manifest.files, self._family.operators)
         self._engines = engines or untuned()
-        self._streams = self._engines.streams
+        # A picture that is one crop has all threads.
+        self._streams = 1 if self._processor.any_size else self._engines.streams
         self._ort: Any = None
         self._provider = provider
         self._before_load = before_load
@@ -147,6 +148,8 @@ class OnnxTower:
         spinning = str(int(self._engines.spinning))
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.log_severity_level = self._severity
+        # A plan of the memory is made for each size, and held beside what the first run took.
+        options.enable_mem_pattern = not self._processor.any_size
 
         def create(providers: list[str]) -> Any:
             # Its own fallback would try the same again, and print that to stdout.
@@ -183,14 +186,12 @@ class OnnxTower:
             VisionError: onnxruntime failed.
             BundleError: see ``load``.
         """
-        out = np.empty((len(tiles.crops), *self.output_shape), np.float32)
-        n_done = 0
+        found: dict[int, Float32] = {}
         for part, rows in self.encode_parts(tiles.feed, cancel=cancel):
-            out[part] = rows
-            n_done += len(part)
+            found |= dict(zip(part, rows, strict=True))
             if progress:
-                progress(n_done)
-        return out
+                progress(len(found))
+        return np.stack([found[index] for index in range(len(tiles.crops))])
 
     def encode_parts(
         self,
@@ -239,7 +240,8 @@ class OnnxTower:
 
     def rest(self) -> None:
         """Give back what onnxruntime needed while it encoded; the weights stay."""
-        if self._session is not None and not self._takes_one_crop and self.providers[0] == CPU:
+        is_fixed = self._session is None or (self._takes_one_crop and not self._processor.any_size)
+        if not is_fixed and self.providers[0] == CPU:
             self._run_on_nothing(**{"memory.enable_memory_arena_shrinkage": "cpu:0"})
 
     def encode_crops(self, feed: Feed, *, cancel: CancelToken | None = None) -> Float32:
@@ -261,8 +263,8 @@ class OnnxTower:
     def _run_on_nothing(self, **config: str) -> Float32:
         """A run for the markers, which depend on no crop."""
         self.load()
-        shape = (int(self._takes_one_crop), *self._processor.crop_shape)
-        feed = self._family.inputs(np.zeros(shape, np.float32))
+        shape = (int(self._takes_one_crop), *self._processor.least_crop)
+        feed = self._family.inputs(np.zeros(shape, np.float32), self._processor)
         output = "marker_embeddings" if self.n_markers else "embeddings"
         return self._run(output, feed, None, **config)
 
@@ -293,9 +295,15 @@ class OnnxTower:
 
     def _check_interface(self, session: Any) -> None:
         expected = {
-            "crops": ("tensor(float)", [*self._processor.crop_shape]),
-            **{name: (_TENSORS[kind], []) for name, kind in self._family.extras.items()},
-            "embeddings": ("tensor(float)", [*self.output_shape]),
+            "crops": ("tensor(float)", [*self._processor.crop_axes]),
+            **{
+                name: (_TENSORS[kind], [*self._family.extra_axes.get(name, ())])
+                for name, kind in self._family.extras.items()
+            },
+            "embeddings": (
+                "tensor(float)",
+                [self._processor.vector_axis, self.output_shape[1]],
+            ),
         }
         if self.n_markers:
             expected["marker_embeddings"] = ("tensor(float)", [self.output_shape[1]])

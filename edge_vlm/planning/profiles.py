@@ -40,12 +40,11 @@ class DeviceProfile:
         """Estimated speeds of a bundle."""
         is_int8 = "int8" in model.vision.precision
         vision_rate = self.vision_int8_flops if is_int8 else self.vision_flops
-        per_tile = model.work.tower_flops + model.work.connector_flops
         n = _REFERENCE_TOKENS
         kv = n * model.decoder.kv_bytes_per_token(KV_TYPES[kv_type])
         return Speeds(
             load_seconds=(model.vision_bytes + model.decoder_bytes) / self.load_bytes,
-            vision_seconds_per_tile=per_tile / vision_rate,
+            vision_seconds_per_tile=model.work.flops / vision_rate,
             prefill_tokens_per_second=n * self.prefill_flops / decoder_flops(model.decoder, n),
             prefill_tokens=n,
             decode_tokens_per_second=self.decode_bytes / (model.decoder_bytes + kv),

@@ -233,8 +233,11 @@ def plan_request(
         ImageError: the aspect ratio is not supported.
     """
     settings = settings or RequestSettings()
-    processor, decoder, work = limit_tiles(model.processor, max_tiles), model.decoder, model.work
+    processor, decoder = limit_tiles(model.processor, max_tiles), model.decoder
+    family = family_of(processor)
+    work = family.picture_work(family.layout(width, height, processor), processor, model.vision)
     image = plan_image(width, height, processor, decoder, settings.kv_type)
+    n_tiles = image.crops * work.flops / model.work.flops  # as ``speeds`` count them
     prompt = image.image_tokens + settings.question_tokens
     context = context_size(min(prompt + settings.answer_tokens, decoder.max_sequence_length))
     return RequestPlan(
@@ -247,8 +250,8 @@ def plan_request(
             prefill=decoder_flops(decoder, prompt),
             decode=decoder_flops(decoder, 1, prompt),
         ),
-        memory=_memory(model, processor, image, context, settings),
-        seconds=_predict(model, image.crops, prompt, settings.kv_type, speeds) if speeds else None,
+        memory=_memory(model, processor, image, work, context, settings),
+        seconds=_predict(model, n_tiles, prompt, settings.kv_type, speeds) if speeds else None,
     )
 
 
@@ -256,13 +259,17 @@ def _memory(
     model: ModelSizes,
     processor: ImageProcessor,
     image: ImagePlan,
+    work: VisionWork,
     context: int,
     settings: RequestSettings,
 ) -> Memory:
     """Of a request with one picture and ``context`` positions."""
     decoder = model.decoder
     width, height = image.size
-    crop_bytes = 4 * math.prod(processor.crop_shape)
+    n_vectors = image.crops * processor.tokens_per_crop
+    if processor.any_size:
+        n_vectors = image.image_tokens
+    crop_bytes = 4 * math.prod(processor.crop_shape) * n_vectors // processor.tokens_per_crop
     decoder_weights, table, head, copies, held = _weights(model, settings)
     mode = flash_mode(settings.flash_attention, settings.kv_type, settings.batch_size)
     own, own_buffers, batch = 0, 0, settings.batch_size
@@ -271,16 +278,16 @@ def _memory(
         own_context = context_size(image.image_tokens)
         own_buffers = _buffers(decoder, settings, own_context, batch, True) if own else 0
         batch = min(batch, SCORES_BATCH)
-    vector_bytes = 4 * processor.tokens_per_crop * decoder.hidden_size
+    vector_bytes = 4 * n_vectors * decoder.hidden_size
     return Memory(
         python=cost.PYTHON_BYTES,
         # Vectors twice: as encoded, and in the order of the prompt.
-        picture=3 * width * height + image.crops * (crop_bytes + 2 * vector_bytes),
+        picture=3 * width * height + crop_bytes + 2 * vector_bytes,
         vision_weights=model.parsed_bytes
         + round(model.vision_bytes * cost.VISION_GROWTH.get(model.vision.precision, 1.0)),
         onnxruntime_arena=cost.arena_bytes(
-            model.work.live_bytes,
-            settings.tiles_per_call,
+            work.live_bytes,
+            min(settings.tiles_per_call, image.crops),
             min(image.crops, settings.vision_streams + image.crops % settings.vision_streams),
         ),
         decoder_weights=decoder_weights,
@@ -331,7 +338,7 @@ def _prompt_kv_bytes(
 
 
 def _predict(
-    model: ModelSizes, n_crops: int, n_prompt: int, kv_type: str, speeds: Speeds
+    model: ModelSizes, n_tiles: float, n_prompt: int, kv_type: str, speeds: Speeds
 ) -> Seconds:
     """Scale measured speeds to this request.
 
@@ -350,7 +357,7 @@ def _predict(
     slower = bytes_read(n_prompt) / bytes_read(speeds.decode_positions)
     return Seconds(
         load=speeds.load_seconds,
-        vision=n_crops * speeds.vision_seconds_per_tile,
+        vision=n_tiles * speeds.vision_seconds_per_tile,
         prefill=work * measured / rate,
         per_token=slower / speeds.decode_tokens_per_second,
     )

@@ -53,8 +53,7 @@ def command(model: str | None, again: bool, as_json: bool) -> None:
             "vision": f"{manifest.vision.precision}, {manifest.vision.n_layers} layers",
             "decoder": f"{decoder.precision}, {decoder.n_layers} layers of width"
             f" {decoder.hidden_size}, {decoder.vocab_size} ids",
-            "pictures": f"tiles of {processor.tile_hw[1]}x{processor.tile_hw[0]},"
-            f" at most {processor.max_tiles} and a thumbnail",
+            "pictures": processor.description,
             "KV cache": f"{decoder.kv_bytes_per_token()} bytes a token (f16)",
             "files": ", ".join(f"{n} {r.size / 1e6:.1f} MB" for n, r in manifest.files.items()),
             "written by": ", ".join(f"{n} {v}" for n, v in manifest.created_with.items()),

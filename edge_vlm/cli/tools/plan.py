@@ -208,7 +208,9 @@ def _show(
         "size": f"{image.size[0]}x{image.size[1]}",
         "used at": f"{image.resized[0]}x{image.resized[1]}{reduced}",
         "tiling": f"{image.tiling[0]}x{image.tiling[1]}",
-        "crops": f"{image.crops} (the thumbnail included)",
+        "crops": "1 (the picture as a whole)"
+        if sizes.processor.any_size
+        else f"{image.crops} (the thumbnail included)",
         "image tokens": f"{image.image_tokens}",
         "KV cache": f"{memory.kv_cache / 1e6:.1f} MB ({settings.kv_type}), {plan.context}"
         f" positions: the prompt's {plan.prompt_tokens} and up to {settings.answer_tokens} of the"

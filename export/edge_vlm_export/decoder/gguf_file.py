@@ -134,6 +134,8 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, precision: str, name: s
     writer.add_rope_freq_base(text.rope_theta)
     writer.add_layer_norm_rms_eps(text.norm_eps)
     writer.add_vocab_size(text.n_ids)
+    if model.decoder.sections:
+        writer.add_rope_dimension_sections([*model.decoder.sections, 0])
     for key, value in model.decoder.metadata.items():
         key = f"{model.decoder.architecture}.{key}"
         if isinstance(value, (list, tuple)):

@@ -62,7 +62,11 @@ class Run:
         self._api.llama_free(self._context)
 
     def logits(
-        self, ids: npt.NDArray[np.int32], rows: Float32, wanted: npt.NDArray[np.bool_]
+        self,
+        ids: npt.NDArray[np.int32],
+        rows: Float32,
+        wanted: npt.NDArray[np.bool_],
+        positions: npt.NDArray[np.int32] | None = None,
     ) -> Iterator[tuple[int, Float32]]:
         """Compute a prompt from its beginning; yields each wanted position with its logits.
 
@@ -70,6 +74,7 @@ class Run:
             ids: (n,) token ids, negative where the next of ``rows`` goes in.
             rows: (n_rows, hidden_size) embeddings.
             wanted: (n,) whether logits are wanted.
+            positions: (n, 3) with M-RoPE.
 
         Raises:
             EdgeVLMError: llama.cpp failed.
@@ -87,6 +92,11 @@ class Run:
             else:
                 part = np.ascontiguousarray(ids[start:stop], np.int32)
                 batch.token = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            if positions is not None:  # planes of three and nothing; of ids, one is enough
+                at = positions[start:stop].T
+                planes = np.concatenate((at, 0 * at[:1])) if ids[start] < 0 else at[0]
+                planes = np.ascontiguousarray(planes, np.int32)
+                batch.pos = planes.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
             flags = wanted[start:stop].astype(np.int8)
             batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
             if code := api.llama_decode(context, batch):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edge_vlm_export.families.opened import Model
     from edge_vlm_export.samples.conversations import Prompt
 
+Int32 = npt.NDArray[np.int32]
 # Called with the GGUF's name of a weight and the vectors it is multiplied with, (n, columns).
 OnMatmul = Callable[[str, Float32], None]
 _FLOOR = 1e-6  # of the mean: a column that was never used still has to be stored somehow
@@ -56,6 +57,7 @@ class Reference:
         wanted: Sequence[npt.NDArray[np.bool_]],
         on_matmul: OnMatmul = lambda name, rows: None,
         progress: Callable[[int], None] = lambda n_layers: None,
+        positions: Sequence[Int32 | None] | None = None,
     ) -> list[Float32]:
         """Hidden states of the wanted positions behind the final norm: what the head gets.
 
@@ -66,13 +68,18 @@ class Reference:
             wanted: (n_positions,) for each prompt.
             on_matmul: called for every weight matrix of the blocks and each prompt.
             progress: called with the layers done.
+            positions: (n_positions, 3) for each prompt with M-RoPE; else they are counted.
         """
         states = [np.array(rows, np.float32) for rows in inputs]
+        angles = [
+            self._angles(len(rows), None if positions is None else positions[index])
+            for index, rows in enumerate(inputs)
+        ]
         for layer in range(self._text.n_layers):
             block = _Block(self, layer, on_matmul)
             last = layer + 1 == self._text.n_layers
             for index, rows in enumerate(states):
-                states[index] = block(rows, wanted[index] if last else None)
+                states[index] = block(rows, angles[index], wanted[index] if last else None)
             progress(layer + 1)
         norm = self._model.tensors[self._model.decoder.norm].read()
         return [self.normed(rows, norm) for rows in states]
@@ -96,7 +103,8 @@ class Reference:
             counts[name] += len(rows)
 
         inputs = [self.inputs(prompt) for prompt in prompts]
-        hidden = self.run(inputs, [prompt.targets >= 0 for prompt in prompts], add, progress)
+        wanted = [prompt.targets >= 0 for prompt in prompts]
+        hidden = self.run(inputs, wanted, add, progress, [p.positions for p in prompts])
         for rows in hidden:
             add("token_embd.weight" if self._model.tied else "output.weight", rows)
         means = {name: total / counts[name] for name, total in sums.items()}
@@ -112,6 +120,15 @@ class Reference:
             np.matmul(hidden, rows.T, out=out[:, start : start + len(rows)])
             start += len(rows)
         return out[:, : self._text.vocab_size]
+
+    def _angles(self, n: int, positions: Int32 | None) -> npt.NDArray[np.float64]:
+        """(n, head_dim / 2): what each position turns each frequency's pair by."""
+        half = self._text.attention.head_dim // 2
+        frequencies = self._text.rope_theta ** -(np.arange(half, dtype=np.float64) / half)
+        if positions is None:
+            return np.arange(n)[:, None] * frequencies
+        sections = self._model.decoder.sections
+        return positions[:, np.repeat((0, 1, 2), sections)] * frequencies
 
     def normed(self, rows: Float32, weight: Float32) -> Float32:
         """RMSNorm over the last axis."""
@@ -137,8 +154,10 @@ class _Block:
         }
         self._biases = {names: self._take(names, ".bias") for names in self._matrices}
 
-    def __call__(self, rows: Float32, kept: npt.NDArray[np.bool_] | None) -> Float32:
-        rows = rows + self._attention(self._norm("attn_norm", rows))
+    def __call__(
+        self, rows: Float32, angles: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_] | None
+    ) -> Float32:
+        rows = rows + self._attention(self._norm("attn_norm", rows), angles)
         if kept is not None:
             rows = rows[kept]
         normed = self._norm("ffn_norm", rows)
@@ -146,12 +165,12 @@ class _Block:
         up *= gate / (1 + np.exp(-gate))
         return rows + self._project(up, "ffn_down")
 
-    def _attention(self, rows: Float32) -> Float32:
+    def _attention(self, rows: Float32, angles: npt.NDArray[np.float64]) -> Float32:
         heads, n = self._text.attention, len(rows)
         qkv = self._project(rows, *_QKV).reshape(n, -1, heads.head_dim).transpose(1, 0, 2)
         queries, keys, values = np.split(qkv, [heads.n_heads, heads.n_heads + heads.n_kv_heads])
-        queries = _rotate(self._norm("attn_q_norm", queries), self._text.rope_theta)
-        keys = _rotate(self._norm("attn_k_norm", keys), self._text.rope_theta)
+        queries = _rotate(self._norm("attn_q_norm", queries), angles)
+        keys = _rotate(self._norm("attn_k_norm", keys), angles)
         future = np.triu(np.ones((n, n), bool), 1)
         mixed = np.empty_like(queries)
         per_key = heads.n_heads // heads.n_kv_heads
@@ -184,11 +203,9 @@ class _Block:
         return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
-def _rotate(heads: Float32, theta: float) -> Float32:
-    """Rotary positions 0, 1, 2, ... on (n_heads, n, head_dim), halves paired."""
+def _rotate(heads: Float32, angles: npt.NDArray[np.float64]) -> Float32:
+    """Rotary positions (n, head_dim / 2) on (n_heads, n, head_dim), halves paired."""
     half = heads.shape[-1] // 2
-    frequencies = theta ** -(np.arange(half, dtype=np.float64) / half)
-    angles = np.arange(heads.shape[1])[:, None] * frequencies
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = heads[..., :half], heads[..., half:]
     return np.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edge_vlm.families.base import Family as Runtime
-from edge_vlm.families.base import Float32, ImageProcessor, Prompt, Tokens, find_family
+from edge_vlm.families.base import (
+    Float32,
+    ImageProcessor,
+    Prompt,
+    Tiles,
+    Tokens,
+    UInt8,
+    find_family,
+)
 
 if TYPE_CHECKING:
     from edge_vlm.families.sizes import Vision
@@ -114,6 +122,11 @@ class Family(ABC):
     def markers(self, settings: Any, tokenizer: Tokenizer, tensors: Checkpoint) -> Values | None:
         """``marker_embeddings`` (n_markers, hidden_size), if the runtime wants any."""
         return None
+
+    def sample(self, pixels: UInt8, processor: Any) -> Tiles:
+        """The crops of a picture (height, width, 3), all of one size, to calibrate with."""
+        tiles: Tiles = self.runtime.cut(pixels, processor)
+        return tiles
 
     def is_blank(self, crop: Float32) -> bool:
         """Whether the tower makes nothing of a crop (n_patches, patch_values)."""

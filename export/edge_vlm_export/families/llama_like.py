@@ -81,6 +81,8 @@ class LlamaLike:
     head_rows: int
     layer: Layer
     interleaved: bool = False  # llama.cpp rotates neighbours: architecture "llama"
+    # M-RoPE: frequencies of a head that turn by time, row and column; none without it.
+    sections: tuple[int, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)  # more keys of the GGUF
 
     @property

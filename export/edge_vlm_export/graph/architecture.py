@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from edge_vlm_export.graph.layers import Layers
 
 CROPS = "crops"
-Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu"]
+Activation = Literal["gelu_pytorch_tanh", "gelu", "quick_gelu", "silu"]
+Axes = tuple["int | str", ...]  # of a graph's value; one of any length has a name
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Stage:
     name: str
     reads: tuple[str, ...]  # crops, other inputs of the graph, or what earlier stages wrote
     writes: str
-    shape: Shape  # of what it writes, for one crop
+    shape: Axes  # of what it writes, for one crop
     products: tuple[str, ...]  # in the order of computation
     add: Callable[[Layers], object]
     moves: tuple[Move, ...] = ()
@@ -114,7 +115,7 @@ class Tower:
     Where a stage marks a value as ``vit_features``, that is what the connector reads.
     """
 
-    crop_shape: Shape  # (n_patches, patch_values)
+    crop_shape: Axes  # (n_patches, patch_values)
     stages: tuple[Stage, ...]
     linears: Mapping[str, Linear]  # every product, by its name in the graph and in reports
     tensors: Mapping[str, Shape]  # those that take part in no product
@@ -132,8 +133,8 @@ class Tower:
             shapes |= linear.shapes()
         return shapes
 
-    def shape_of(self, value: str) -> Shape:
-        """Of a value that a stage reads, for one crop; other inputs of the graph are one number."""
+    def shape_of(self, value: str) -> Axes:
+        """Of a value that a stage reads, for one crop; () of other inputs of the graph."""
         if value == CROPS:
             return self.crop_shape
         return next((stage.shape for stage in self.stages if stage.writes == value), ())

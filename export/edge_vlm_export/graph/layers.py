@@ -8,7 +8,7 @@ products run in float32 or in int32, never in fp16.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,8 @@ from edge_vlm_export.graph.onnx_graph import CONTRIB, OPSET, OPSET_INT4, Graph
 from edge_vlm_export.graph.products import Products
 
 if TYPE_CHECKING:
-    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values
-    from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Linear
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Values
+    from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Axes, Linear
     from edge_vlm_export.graph.precision import Recipe
 
 _QUICK = 1.702  # quick_gelu(x) = x * sigmoid(1.702 x)
@@ -36,13 +36,21 @@ class Layers:
         self.recipe = recipe
         self.linear = Products(self.graph, linears, tensors, recipe)
         self.n_crops: int | str = "n_crops" if recipe.batch is None else recipe.batch
+        self._shared: set[str] = set()
 
     @property
     def on_cpu(self) -> bool:
         """Whether onnxruntime's own operators may be used."""
         return self.recipe.target == "cpu"
 
-    def input(self, name: str, shape: Shape, kind: int = TensorProto.FLOAT) -> str:
+    def once(self, name: str, make: Callable[[str], str]) -> str:
+        """A value that several parts of a graph read; ``make`` adds it under that name."""
+        if name not in self._shared:
+            self._shared.add(name)
+            make(name)
+        return name
+
+    def input(self, name: str, shape: Axes, kind: int = TensorProto.FLOAT) -> str:
         """Declare an input with ``shape`` for one crop."""
         return self.graph.input(name, kind, (self.n_crops, *shape))
 
@@ -55,9 +63,24 @@ class Layers:
             parts.append(self.graph.weight(f"{name}.{part}", values.shape, load))
         return self.graph.op("LayerNormalization", name, x, *parts, axis=-1, epsilon=eps)
 
+    def rms_norm(self, name: str, x: str, tensor: str, eps: float) -> str:
+        """RMSNorm; onnxruntime makes one operator of these."""
+        g, values = self.graph, self.tensors.values(f"{tensor}.weight")
+        square = g.op("Pow", f"{name}.square", x, g.constant("two", 2.0))
+        mean = g.op("ReduceMean", f"{name}.mean", square, self.ints(-1), keepdims=1)
+        mean = g.op("Add", f"{name}.least", mean, g.constant(f"eps_{eps:g}", eps))
+        size = g.op("Sqrt", f"{name}.size", mean)
+        normed = g.op("Div", f"{name}.normed", x, size)
+        load = partial(self._moved, values, name)
+        return g.op("Mul", name, normed, g.weight(f"{name}.weight", values.shape, load))
+
     def activation(self, name: str, x: str, kind: Activation) -> str:
-        """One of the forms of GELU."""
+        """One of the forms of GELU, or SiLU, which is x * sigmoid(x)."""
         g = self.graph
+        if kind == "silu":
+            if self.on_cpu:
+                return g.op("QuickGelu", name, x, domain=CONTRIB, alpha=1.0)
+            return g.op("Mul", name, x, g.op("Sigmoid", f"{name}.sigmoid", x))
         if kind == "gelu":
             return g.op("Gelu", name, x)
         if kind == "gelu_pytorch_tanh":
@@ -72,19 +95,30 @@ class Layers:
     def self_attention(self, name: str, x: str, qkv: str, out: str, sizes: AttentionSizes) -> str:
         """Every row attends to all rows of its crop; ``qkv`` and ``out`` are products."""
         q, k, v = self.linear.parts(qkv, x, [f"{name}.{part}" for part in "qkv"])
-        if self.on_cpu:
-            mixed = self.graph.op(
-                "MultiHeadAttention",
-                f"{name}.mixed",
-                *(q, k, v),
-                domain=CONTRIB,
-                num_heads=sizes.n_heads,
-            )
-        else:
-            mixed = self._standard_attention(name, q, k, v, sizes)
-        return self.linear(out, mixed)
+        return self.linear(out, self.attention(name, q, k, v, sizes))
 
-    def _standard_attention(self, name: str, q: str, k: str, v: str, sizes: AttentionSizes) -> str:
+    def attention(
+        self, name: str, q: str, k: str, v: str, sizes: AttentionSizes, mask: str | None = None
+    ) -> str:
+        """The values mixed; all are (n, rows, heads together).
+
+        ``mask`` is for ``cpu`` an int32 (n, rows), 0 where there is no key, else float32
+        (n, 1, 1, rows), added to the scores.
+        """
+        if not self.on_cpu:
+            return self._standard_attention(name, q, k, v, sizes, mask)
+        inputs = (q, k, v, "", mask) if mask else (q, k, v)
+        return self.graph.op(
+            "MultiHeadAttention",
+            f"{name}.mixed",
+            *inputs,
+            domain=CONTRIB,
+            num_heads=sizes.n_heads,
+        )
+
+    def _standard_attention(
+        self, name: str, q: str, k: str, v: str, sizes: AttentionSizes, mask: str | None
+    ) -> str:
         g = self.graph
         split_heads = self.ints(0, 0, sizes.n_heads, sizes.head_dim)
         q, k, v = (
@@ -98,6 +132,8 @@ class Layers:
         )
         q = g.op("Mul", f"{name}.q.scaled", q, self.head_scale(sizes))
         scores = g.op("MatMul", f"{name}.scores", q, k)
+        if mask:
+            scores = g.op("Add", f"{name}.scores.masked", scores, mask)
         weights = g.op("Softmax", f"{name}.weights", scores, axis=-1)
         mixed = g.op("MatMul", f"{name}.mixed", weights, v)
         mixed = g.op("Transpose", f"{name}.mixed.by_patch", mixed, perm=(0, 2, 1, 3))

@@ -62,6 +62,7 @@ def compare(
         [reference.inputs(prompt) for prompt in prompts],
         [prompt.targets >= 0 for prompt in prompts],
         progress=lambda layers: progress(layers, total),
+        positions=[prompt.positions for prompt in prompts],
     )
     with tempfile.TemporaryDirectory(prefix="edge-vlm-") as folder:
         data = Path(folder) / "prompts.npz"
@@ -69,6 +70,8 @@ def compare(
         for index, (prompt, rows) in enumerate(zip(prompts, hidden, strict=True)):
             arrays |= {f"ids{index}": prompt.ids, f"rows{index}": prompt.rows}
             arrays[f"hidden{index}"] = rows
+            if prompt.positions is not None:
+                arrays[f"positions{index}"] = prompt.positions
         np.savez(data, **arrays)
         found = call_apart(
             f"{__name__}:compare_here",
@@ -97,14 +100,18 @@ def compare_here(
     reference = Reference(Model(Path(checkpoint)))
     parts: list[tuple[float, bool, float, float]] = []
     with np.load(data) as arrays, loaded(Path(gguf), vocab_only=False) as llama:
-        prompts = [Prompt(arrays[f"ids{i}"], arrays[f"rows{i}"]) for i in range(n_prompts)]
+        prompts = [
+            Prompt(arrays[f"ids{i}"], arrays[f"rows{i}"], arrays.get(f"positions{i}"))
+            for i in range(n_prompts)
+        ]
         run = Run(llama, max(len(prompt.ids) for prompt in prompts), threads)
         try:
             for index, prompt in enumerate(prompts):
                 hidden, targets = arrays[f"hidden{index}"], prompt.targets
                 wanted = targets >= 0
                 exact: list[npt.NDArray[np.float32]] = []
-                for n, (position, logits) in enumerate(run.logits(prompt.ids, prompt.rows, wanted)):
+                seen = run.logits(prompt.ids, prompt.rows, wanted, prompt.positions)
+                for n, (position, logits) in enumerate(seen):
                     if not exact:
                         exact = list(reference.logits(hidden[n : n + _POSITIONS_AT_ONCE]))
                     parts.append(distance(exact.pop(0), logits, int(targets[position])))

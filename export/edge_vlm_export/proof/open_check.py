@@ -36,9 +36,9 @@ def _verify_vision(bundle: Bundle) -> None:
     n_crops = 1 if opened.get_inputs()[0].shape[0] == 1 else "n_crops"
     family = family_of(images)
     expected = {
-        "crops": [n_crops, *images.crop_shape],
-        **{name: [n_crops] for name in family.extras},
-        "embeddings": [n_crops, images.tokens_per_crop, hidden],
+        "crops": [n_crops, *images.crop_axes],
+        **{name: [n_crops, *family.extra_axes.get(name, ())] for name in family.extras},
+        "embeddings": [n_crops, images.vector_axis, hidden],
     }
     if family.n_markers:
         expected["marker_embeddings"] = [family.n_markers, hidden]

@@ -48,10 +48,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation; ``ids`` is (n,) int32, -1 where the next of ``rows`` stands."""
+    """One conversation; ``ids`` is (n,) int32, -1 where the next of ``rows`` stands.
+
+    With M-RoPE, ``positions`` (n, 3) int32 are those of time, row and column.
+    """
 
     ids: npt.NDArray[np.int32]
     rows: npt.NDArray[np.float32]  # (n_rows, hidden_size)
+    positions: npt.NDArray[np.int32] | None = None
 
     @property
     def targets(self) -> npt.NDArray[np.int32]:

@@ -77,7 +77,7 @@ def cut_pictures(pictures: Iterable[UInt8], model: Description, limit: int) -> C
     family, processor = model.family, model.settings.image_processor
     turns: list[list[tuple[Tiles, int]]] = []
     for picture in pictures:
-        tiles = family.runtime.cut(picture, processor)
+        tiles = family.sample(picture, processor)
         useful = [index for index, crop in enumerate(tiles.crops) if not family.is_blank(crop)]
         # No picture can have more turns than the whole is to have tiles.
         for turn, index in enumerate(useful[:limit]):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_vlm.decoder.decoder import LlamaDecoder
 from edge_vlm.families.base import family_of
@@ -57,8 +58,18 @@ class PromptMaker:
         rows = family.rows(embeddings, self._markers, tiles.plan, self._processor)
         messages = sample.messages
         rendered = self._builder.render(messages, generation_prompt=messages[-1].role == "user")
+        placed = family.positions(tiles.plan, self._processor)
         ids: list[int] = []
+        positions: list[npt.NDArray[np.int32]] = []
+        start = 0  # the next position
         for span in self._builder.spans(rendered, first=True):
+            is_text = isinstance(span, TokenSpan)
             ids += span.ids if isinstance(span, TokenSpan) else [-1] * len(rows)
+            n_new = len(ids) - sum(map(len, positions))
+            counted = np.repeat(np.arange(n_new, dtype=np.int32)[:, None], 3, axis=1)
+            at = counted if is_text or placed is None else placed
+            positions.append(at + np.int32(start))
+            start = int(positions[-1].max(initial=start - 1)) + 1
         kept = np.array(ids[:MAX_POSITIONS], np.int32)
-        return Prompt(kept, rows[: int((kept < 0).sum())])
+        where = None if placed is None else np.concatenate(positions)[:MAX_POSITIONS]
+        return Prompt(kept, rows[: int((kept < 0).sum())], where)

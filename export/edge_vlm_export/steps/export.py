@@ -100,6 +100,11 @@ class _Export:
         if name is not None and not 1 <= len(name) <= 200:
             raise InputError("name: expected 1 to 200 characters")
         self.model = model
+        if choices.static_shapes and model.settings.image_processor.any_size:
+            raise InputError(
+                f"static-shapes: pictures of {model.family.name} have any size, so the shapes of"
+                " its graph cannot be fixed; leave the option out"
+            )
         self.identity = model_identity(model, name)
         self.choices = choices
         self.vision_bytes = largest_bytes(model, choices.vision)

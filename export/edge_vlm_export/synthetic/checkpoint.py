@@ -118,10 +118,11 @@ def _write_settings(
         ("llm_config", layers),
         ("vision_config", vision_layers),
     ):
-        part = config.get(key)
+        # Some have the language model's keys at the top.
+        part = config.get(key, config if key == "text_config" else None)
         if isinstance(part, dict):
             part["dtype"] = "bfloat16"
-            for name in ("n_layers", "num_hidden_layers"):
+            for name in ("n_layers", "num_hidden_layers", "depth"):
                 if count is not None and name in part:
                     part[name] = count
     config["dtype"] = "bfloat16"

@@ -3,6 +3,7 @@
 Contract (``n_crops`` is dynamic, everything else fixed by the checkpoint):
 
 * ``crops`` float32 (n_crops, n_patches, patch_values), and the family's other inputs (n_crops,)
+  or of the axes that it names; where a crop has any size, it is one, and ``n_patches`` is dynamic
 * ``embeddings`` float32 (n_crops, tokens_per_crop, hidden): the connector's output, plus a row of
   the decoder's token table where the family adds one
 * ``marker_embeddings`` float32 (n_markers, hidden): vectors that no crop decides, if there are any
@@ -14,6 +15,7 @@ connector reads, and ``image_features``, its output before a row is added.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +35,8 @@ PRODUCER = "edge-vlm"
 def build_vision(model: Model, recipe: Recipe) -> Graph:
     """The graph of ``vision.onnx``; the checkpoint's tensors are read when it is saved."""
     tower = model.tower
+    if model.settings.image_processor.any_size:
+        recipe = replace(recipe, batch=1)
     layers = Layers(tower.linears, model.tensors, recipe)
     g = layers.graph
     declare(layers, model, (CROPS, *model.family.runtime.extras))
@@ -58,9 +62,10 @@ def build_vision(model: Model, recipe: Recipe) -> Graph:
 
 def declare(layers: Layers, model: Model, names: Iterable[str]) -> None:
     """Make values the inputs of a graph."""
-    extras = model.family.runtime.extras
+    family = model.family.runtime
     for name in names:
-        kind = TensorProto.FLOAT
-        if name in extras:
-            kind = helper.np_dtype_to_tensor_dtype(np.dtype(extras[name]))
-        layers.input(name, model.tower.shape_of(name), kind)
+        kind, axes = TensorProto.FLOAT, model.tower.shape_of(name)
+        if name in family.extras:
+            kind = helper.np_dtype_to_tensor_dtype(np.dtype(family.extras[name]))
+            axes = family.extra_axes.get(name, ())
+        layers.input(name, axes, kind)

@@ -1,0 +1,332 @@
+"""Qwen2.5-VL's vision tower and merger.
+
+Blocks with RMSNorm, rotary positions of row and column, and a gated feed-forward part. Most attend
+inside windows of 8 x 8 patches: every window is filled up to a whole one, so that all are a batch
+of their own, and what filled them is masked. The others attend over the whole picture: on the CPU
+in onnxruntime's flash attention, which holds no scores of all patches with all, else in parts.
+
+``vit_features`` (1, n_patches, hidden_size) is the output of the last block, in block order.
+
+Source: "Qwen2.5-VL Technical Report" (arXiv 2502.13923), section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import TensorProto
+
+from edge_vlm_export.families.vit import linear
+from edge_vlm_export.graph.architecture import (
+    CROPS,
+    AttentionSizes,
+    Axes,
+    Linear,
+    Move,
+    Stage,
+    Tower,
+)
+
+if TYPE_CHECKING:
+    from edge_vlm.families.qwen2_5_vl.processor import QwenImageProcessor
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape
+    from edge_vlm_export.families.qwen2_5_vl.config import VisionConfig
+    from edge_vlm_export.graph.layers import Layers
+
+VISION = "visual."
+EMBEDDING = "patch_embed"
+MERGER = "merger"
+ARRANGEMENT = (
+    "places",
+    "windows",
+    "filled",
+    "slots",
+)  # see families.qwen2_5_vl.patches of the runtime
+EPS = 1e-6
+THETA = 10000.0
+PARTS = 32  # of a picture's queries, where its scores would be held as a whole
+_NOTHING = -1e30  # added to scores of what is not there
+
+
+@dataclass(frozen=True)
+class FoldedKernel(Linear):
+    """The convolution over a film of equal frames, which sees their sum."""
+
+    def weight(self, tensors: Checkpoint) -> Float32:
+        """(n_out, n_in): (n_out, 3, frames, patch, patch), the frames added up."""
+        kernel: Float32 = tensors[self.weights[0]].read().sum(axis=2)
+        return kernel.reshape(self.n_out, self.n_in)
+
+
+def vision_tower(vision: VisionConfig, images: QwenImageProcessor) -> Tower:
+    """All blocks and the merger."""
+    builder = _Builder(vision, images)
+    pieces = [builder.embedding(), *map(builder.block, range(vision.depth)), builder.merger()]
+    linears: dict[str, Linear] = {}
+    norms: dict[str, Shape] = {f"{VISION}merger.ln_q.weight": (vision.hidden_size,)}
+    for index in range(vision.depth):
+        for part in ("norm1", "norm2"):
+            norms[f"{VISION}blocks.{index}.{part}.weight"] = (vision.hidden_size,)
+    for _, products in pieces:
+        linears |= products
+    return Tower(
+        crop_shape=images.crop_axes,
+        stages=tuple(stage for stage, _ in pieces),
+        linears=linears,
+        tensors=norms,
+    )
+
+
+@dataclass(frozen=True)
+class _Builder:
+    vision: VisionConfig
+    images: QwenImageProcessor
+
+    @property
+    def heads(self) -> AttentionSizes:
+        n_heads = self.vision.num_heads
+        return AttentionSizes(n_heads, n_heads, self.vision.hidden_size // n_heads)
+
+    @property
+    def shape(self) -> Axes:
+        """Of a picture between two blocks."""
+        return "n_patches", self.vision.hidden_size
+
+    def embedding(self) -> tuple[Stage, dict[str, Linear]]:
+        """``crops`` to what the first block reads."""
+        vision = self.vision
+        kernel = FoldedKernel(
+            vision.hidden_size,
+            self.images.crop_shape[1],
+            (f"{VISION}patch_embed.proj.weight",),
+            stored=(3, vision.temporal_patch_size, vision.patch_size, vision.patch_size),
+        )
+
+        def add(layers: Layers) -> str:
+            embedded = layers.linear(EMBEDDING, CROPS)
+            return layers.graph.op("Identity", _output(-1), embedded)
+
+        stage = Stage(EMBEDDING, (CROPS,), _output(-1), self.shape, (EMBEDDING,), add)
+        return stage, {EMBEDDING: kernel}
+
+    def block(self, index: int) -> tuple[Stage, dict[str, Linear]]:
+        """x += out(attention(norm1 x)), x += down(silu(gate y) * up y) of y = norm2 x."""
+        hidden, ffn = self.vision.hidden_size, self.vision.intermediate_size
+        name, stored = f"layers.{index}.", f"{VISION}blocks.{index}."
+        qkv, out, gate, up, down = (
+            name + part for part in ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+        )
+        linears = {
+            qkv: linear(3 * hidden, hidden, f"{stored}attn.qkv"),
+            out: self._last(hidden, f"{stored}attn.proj"),
+            gate: linear(ffn, hidden, f"{stored}mlp.gate_proj"),
+            up: linear(ffn, hidden, f"{stored}mlp.up_proj"),
+            down: self._last(ffn, f"{stored}mlp.down_proj"),
+        }
+        moves = (
+            Move(f"{name}norm1", (qkv,), hidden),
+            Move(qkv, (out,), 3 * hidden, (2 * hidden, None)),
+            Move(f"{name}norm2", (gate, up), hidden),
+            Move(up, (down,), ffn),
+        )
+        stage = Stage(
+            f"layers.{index}",
+            (_output(index - 1), *ARRANGEMENT),
+            _output(index),
+            self.shape,
+            tuple(linears),
+            partial(self._add_block, index=index),
+            moves,
+        )
+        return stage, linears
+
+    def merger(self) -> tuple[Stage, dict[str, Linear]]:
+        """mlp.2(gelu(mlp.0 x)) of the patches of a block side by side, each of them normed."""
+        width = self.vision.hidden_size * self.images.block_patches
+        out = self.vision.out_hidden_size
+        reads, first, second = _output(self.vision.depth - 1), f"{MERGER}.mlp.0", f"{MERGER}.mlp.2"
+
+        def add(layers: Layers) -> str:
+            g = layers.graph
+            x = g.op("Identity", "vit_features", reads)
+            g.mark(x, (layers.n_crops, *self.shape))
+            x = layers.rms_norm(f"{MERGER}.norm", x, f"{VISION}merger.ln_q", EPS)
+            x = g.op("Reshape", f"{MERGER}.blocks", x, layers.ints(1, -1, width))
+            h = layers.linear(first, layers.smoothed(MERGER, x))
+            h = layers.activation(f"{MERGER}.gelu", h, "gelu")
+            return g.op("Identity", "image_features", layers.linear(second, h))
+
+        stage = Stage(
+            MERGER,
+            (reads,),
+            "image_features",
+            ("n_tokens", out),
+            (first, second),
+            add,
+            (Move(MERGER, (first,)),),
+        )
+        linears = {
+            first: linear(width, width, VISION + first),
+            second: linear(out, width, VISION + second),
+        }
+        return stage, linears
+
+    def _last(self, n_in: int, tensor: str) -> Linear:
+        found = linear(self.vision.hidden_size, n_in, tensor)
+        return Linear(found.n_out, n_in, found.weights, found.biases, n_added=2 * self.vision.depth)
+
+    def _add_block(self, layers: Layers, index: int) -> str:
+        g, name, stored = layers.graph, f"layers.{index}", f"{VISION}blocks.{index}"
+        x = _output(index - 1)
+        h = layers.rms_norm(f"{name}.norm1", x, f"{stored}.norm1", EPS)
+        h = self._attention(layers, f"{name}.attn", h, index in self.vision.fullatt_block_indexes)
+        x = g.op("Add", f"{name}.attn.residual", x, layers.linear(f"{name}.attn.out", h))
+        h = layers.rms_norm(f"{name}.norm2", x, f"{stored}.norm2", EPS)
+        gate = layers.linear(f"{name}.mlp.gate", h)
+        gate = layers.activation(f"{name}.mlp.silu", gate, "silu")
+        h = g.op("Mul", f"{name}.mlp.gated", gate, layers.linear(f"{name}.mlp.up", h))
+        return g.op("Add", _output(index), x, layers.linear(f"{name}.mlp.down", h))
+
+    def _attention(self, layers: Layers, name: str, x: str, is_full: bool) -> str:
+        """(1, n_patches, hidden_size), before the last product."""
+        q, k, v = layers.linear.parts(f"{name}.qkv", x, [f"{name}.{part}" for part in "qkv"])
+        q, k = self._rotated(layers, q), self._rotated(layers, k)
+        if is_full and layers.on_cpu:
+            return layers.attention(name, q, k, v, self.heads)
+        q = self._in_windows(layers, q)
+        if is_full:
+            mixed = self._in_parts(layers, name, q, k, v)
+        else:
+            k, v = (self._in_windows(layers, part) for part in (k, v))
+            mixed = layers.attention(name, q, k, v, self.heads, _mask(layers))
+        return self._from_windows(layers, name, mixed)
+
+    def _rotated(self, layers: Layers, x: str) -> str:
+        """Halves of each head turned by the angles of row and column."""
+        g, heads = layers.graph, self.heads
+        cos, sin = self._angles(layers, "Cos"), self._angles(layers, "Sin")
+        split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
+        first, second = g.split(split, [f"{x}.first", f"{x}.second"])
+        turned = [
+            g.op(
+                kind,
+                f"{x}.{part}.turned",
+                g.op("Mul", f"{x}.{part}.cos", one, cos),
+                g.op("Mul", f"{x}.{part}.sin", other, sin),
+            )
+            for kind, part, one, other in (
+                ("Sub", "first", first, second),
+                ("Add", "second", second, first),
+            )
+        ]
+        joined = g.op("Concat", f"{x}.turned", *turned, axis=-1)
+        return g.op("Reshape", f"{x}.rotated", joined, layers.ints(1, -1, heads.q_size))
+
+    def _angles(self, layers: Layers, function: str) -> str:
+        """(n_patches, 1, head_dim / 2): cosines or sines, of the row and then of the column."""
+        g, n = layers.graph, self.heads.head_dim // 4
+        frequencies = THETA ** -(np.arange(n, dtype=np.float64) / n)
+
+        def angles(name: str) -> str:
+            places = layers.floats(f"{name}.places", "places")
+            places = g.op("Reshape", f"{name}.by_axis", places, layers.ints(-1, 2, 1))
+            turned = g.op("Mul", f"{name}.turned", places, g.constant("frequencies", frequencies))
+            return g.op("Reshape", name, turned, layers.ints(-1, 1, 2 * n))
+
+        return layers.once(
+            f"places.{function.lower()}",
+            lambda name: g.op(function, name, layers.once("places.angles", angles)),
+        )
+
+    def _in_windows(self, layers: Layers, x: str) -> str:
+        """(1, n_patches, ...) as (n_windows, window_patches, ...)."""
+        g = layers.graph
+
+        patches = layers.once(
+            "windows.patches", lambda name: g.op("Reshape", name, "windows", layers.ints(-1))
+        )
+        chosen = g.op("Gather", f"{x}.gathered", x, patches, axis=1)
+        n = self.images.window_blocks**2 * self.images.block_patches
+        return g.op("Reshape", f"{x}.in_windows", chosen, layers.ints(-1, n, self.heads.q_size))
+
+    def _from_windows(self, layers: Layers, name: str, x: str) -> str:
+        """The other way round, what filled the windows left out."""
+        g = layers.graph
+        flat = g.op("Reshape", f"{name}.laid_out", x, layers.ints(1, -1, self.heads.q_size))
+        slots = layers.once(
+            "slots.flat", lambda made: g.op("Reshape", made, "slots", layers.ints(-1))
+        )
+        return g.op("Gather", f"{name}.in_order", flat, slots, axis=1)
+
+    def _in_parts(self, layers: Layers, name: str, q: str, k: str, v: str) -> str:
+        """Attention to the whole picture, some windows' queries at a time: as q, in windows.
+
+        Standard operators without a loop cannot do it for one window after the other.
+        """
+        g, heads = layers.graph, self.heads
+        split = layers.ints(-1, heads.n_heads, heads.head_dim)
+        k, v = (g.op("Reshape", f"{part}.split", part, split) for part in (k, v))
+        k = g.op("Transpose", f"{k}.heads", k, perm=(1, 2, 0))
+        v = g.op("Transpose", f"{v}.heads", v, perm=(1, 0, 2))
+        n = self.images.window_blocks**2 * self.images.block_patches
+        by_head = layers.ints(-1, n, heads.n_heads, heads.head_dim)
+        mixed = []
+        for index in range(PARTS):
+            part = f"{name}.part{index}"
+            some = g.op("Slice", f"{part}.q", q, *self._part(layers, index), layers.ints(0))
+            some = g.op("Reshape", f"{part}.split", some, by_head)
+            some = g.op("Transpose", f"{part}.heads", some, perm=(0, 2, 1, 3))
+            some = g.op("Mul", f"{part}.scaled", some, layers.head_scale(heads))
+            some = g.op("MatMul", f"{part}.scores", some, k)
+            some = g.op("Softmax", f"{part}.weights", some, axis=-1)
+            some = g.op("MatMul", f"{part}.values", some, v)
+            some = g.op("Transpose", f"{part}.by_patch", some, perm=(0, 2, 1, 3))
+            mixed.append(g.op("Reshape", f"{part}.joined", some, layers.ints(-1, n, heads.q_size)))
+        return g.op("Concat", f"{name}.mixed", *mixed, axis=0)
+
+    def _part(self, layers: Layers, index: int) -> tuple[str, str]:
+        """First window of a part, and the first behind it; there may be none in the last ones."""
+        g = layers.graph
+
+        def size(name: str) -> str:
+            shape = g.op("Shape", f"{name}.of", "windows", start=1, end=2)
+            padded = g.op("Add", f"{name}.padded", shape, layers.ints(PARTS - 1))
+            return g.op("Div", name, padded, layers.ints(PARTS))
+
+        def edge(number: int) -> str:
+            many = layers.once("windows.part", size)
+            return layers.once(
+                f"windows.edge{number}",
+                lambda name: g.op("Mul", name, many, layers.ints(number)),
+            )
+
+        return edge(index), edge(index + 1)
+
+
+def _mask(layers: Layers) -> str:
+    """See ``Layers.attention``."""
+    g, n = layers.graph, "filled.windows"
+
+    def counted(name: str) -> str:
+        flat = g.op("Squeeze", n, "filled", layers.ints(0))
+        return g.op("Cast", name, flat, to=TensorProto.INT32)
+
+    def added(name: str) -> str:
+        missing = g.op("Sub", n, layers.floats(f"{n}.floats", "filled"), g.constant("one", 1.0))
+        missing = g.op("Mul", f"{n}.scores", missing, g.constant("nothing", -_NOTHING))
+        return g.op(
+            "Transpose",
+            name,
+            g.op("Unsqueeze", f"{n}.rows", missing, layers.ints(1)),
+            perm=(2, 0, 1, 3),
+        )
+
+    return layers.once("windows.mask", counted if layers.on_cpu else added)
+
+
+def _output(index: int) -> str:
+    """The value behind a block; behind the one before the first, the patches'."""
+    return EMBEDDING + ".output" if index < 0 else f"layers.{index}.output"
