@@ -119,6 +119,14 @@ class Prompt(Part):
         """What the template is given besides the messages."""
         return {}
 
+    def content(self, role: str, parts: Sequence[dict[str, str]]) -> Any:
+        """What the template is given as a message's content.
+
+        Each of ``parts`` has a "type", "text" or "image", the former a "text" besides.
+        """
+        del role
+        return parts
+
 
 class SentencePiecePrompt(Prompt):
     """Of a tokenizer that puts a space in front of each text; the decoder's then puts none."""
@@ -312,6 +320,7 @@ _BUILT_IN = {
     "llava-next": "edge_vlm.families.llava.llava_next",
     "internvl": "edge_vlm.families.internvl.family",
     "llava-onevision": "edge_vlm.families.llava_onevision.family",
+    "pixtral": "edge_vlm.families.pixtral.family",
     "qwen2.5-vl": "edge_vlm.families.qwen2_5_vl.family",
 }
 

@@ -86,7 +86,9 @@ class PromptBuilder:
                     content.append({"type": "image"})
                 else:
                     content.append({"type": "text", "text": self._marked(part.text, mark)})
-            rendered_messages.append({"role": message.role, "content": content})
+            rendered_messages.append(
+                {"role": message.role, "content": self._prompt.content(message.role, content)}
+            )
         text = self._template.render(
             messages=rendered_messages,
             add_generation_prompt=generation_prompt,

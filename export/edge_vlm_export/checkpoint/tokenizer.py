@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer, checked to be of a kind that llama.cpp reproduces.
 
 Any other rule would give other tokens for the same text without a word of warning, so it is
-refused. A byte-level BPE has the splitting rule of Qwen2 (https://arxiv.org/abs/2407.10671), after
-Unicode NFC or no normalization.
+refused. A byte-level BPE has the splitting rule of Qwen2 (https://arxiv.org/abs/2407.10671) or of
+Llama 3 (https://arxiv.org/abs/2407.21783), after Unicode NFC or no normalization.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from edge_vlm.bundle.json_text import shorten, wrong
 from edge_vlm.errors import CheckpointError
@@ -33,13 +33,21 @@ MAX_TOKENIZER_BYTES = 32 << 20  # Qwen's has 11 MB
 MAX_TOKEN_LENGTH = 1 << 12
 
 _QWEN2 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 # By llama.cpp's names: as published, and with the case-insensitive part spelled out.
 SPLITS = {
     "qwen2": (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)" + _QWEN2,
         "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" + _QWEN2,
-    )
+    ),
+    # Llama 3's, which a Pixtral in transformers' layout has.
+    "pixtral": (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)" + _LLAMA3,
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])" + _LLAMA3,
+    ),
 }
+# With these, llama.cpp takes a whole piece that is a token as that, whatever the merges say.
+WHOLE_PIECES = ("pixtral",)
 RULES = {regex: name for name, regexes in SPLITS.items() for regex in regexes}
 # llama.cpp turns these into ordinary tokens whatever the file says, so typed text could become one.
 _UNPROTECTED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
@@ -145,7 +153,7 @@ class BPE(Part):
     continuing_subword_prefix: Literal[""] | None = None
     end_of_word_suffix: Literal[""] | None = None
     byte_fallback: Off = False
-    ignore_merges: Off = False
+    ignore_merges: bool = False
     vocab: dict[Any, Any]
     merges: Annotated[list[Any], Field(max_length=MAX_VOCABULARY)]
 
@@ -157,6 +165,18 @@ class ByteLevelFile(Part):
     pre_tokenizer: Steps
     added_tokens: Annotated[list[AddedToken], Field(max_length=MAX_VOCABULARY)]
     model: BPE
+
+    @property
+    def rule(self) -> str:
+        """The splitting rule's name."""
+        return RULES[self.pre_tokenizer.pretokenizers[0].pattern.regex]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ByteLevelFile:
+        rule, told = self.rule, self.model.ignore_merges
+        if told is not (rule in WHOLE_PIECES):
+            raise wrong("model.ignore_merges", told, f"which contradicts the splitting rule {rule}")
+        return self
 
 
 def read_byte_level(folder: Path, n_ids: int) -> Tokenizer:
@@ -198,7 +218,7 @@ def byte_level(data: Mapping[str, Any], path: Path, n_ids: int) -> Tokenizer:
         merges=_merges(file.model.merges, path, tokens),
         special=special,
         normalizer=file.normalizer.type if file.normalizer else None,
-        pre=RULES[file.pre_tokenizer.pretokenizers[0].pattern.regex],
+        pre=file.rule,
     )
 
 

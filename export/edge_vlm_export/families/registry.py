@@ -27,6 +27,7 @@ _BUILT_IN = {
     "llava-next": "edge_vlm_export.families.llava.llava_next:FAMILY",
     "internvl": "edge_vlm_export.families.internvl.family:FAMILY",
     "llava-onevision": "edge_vlm_export.families.llava_onevision.family:FAMILY",
+    "pixtral": "edge_vlm_export.families.pixtral.family:FAMILY",
     "qwen2.5-vl": "edge_vlm_export.families.qwen2_5_vl.family:FAMILY",
 }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
+from edge_vlm_export.families.attention_2d import PLACES, in_parts, rotated
 from edge_vlm_export.families.vit import linear
 from edge_vlm_export.graph.architecture import (
     CROPS,
@@ -31,6 +32,8 @@ from edge_vlm_export.graph.architecture import (
 )
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from edge_vlm.families.qwen2_5_vl.processor import QwenImageProcessor
     from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape
     from edge_vlm_export.families.qwen2_5_vl.config import VisionConfig
@@ -40,7 +43,7 @@ VISION = "visual."
 EMBEDDING = "patch_embed"
 MERGER = "merger"
 ARRANGEMENT = (
-    "places",
+    PLACES,
     "windows",
     "filled",
     "slots",
@@ -89,6 +92,13 @@ class _Builder:
     def heads(self) -> AttentionSizes:
         n_heads = self.vision.num_heads
         return AttentionSizes(n_heads, n_heads, self.vision.hidden_size // n_heads)
+
+    @property
+    def frequencies(self) -> npt.NDArray[np.float64]:
+        """(head_dim / 4,), for rows and columns alike."""
+        n = self.heads.head_dim // 4
+        frequencies: npt.NDArray[np.float64] = THETA ** -(np.arange(n) / n)
+        return frequencies
 
     @property
     def shape(self) -> Axes:
@@ -193,53 +203,16 @@ class _Builder:
     def _attention(self, layers: Layers, name: str, x: str, is_full: bool) -> str:
         """(1, n_patches, hidden_size), before the last product."""
         q, k, v = layers.linear.parts(f"{name}.qkv", x, [f"{name}.{part}" for part in "qkv"])
-        q, k = self._rotated(layers, q), self._rotated(layers, k)
+        q, k = (rotated(layers, part, self.heads, self.frequencies) for part in (q, k))
         if is_full and layers.on_cpu:
             return layers.attention(name, q, k, v, self.heads)
         q = self._in_windows(layers, q)
         if is_full:
-            mixed = self._in_parts(layers, name, q, k, v)
+            mixed = in_parts(layers, name, q, k, v, self.heads, PARTS)
         else:
             k, v = (self._in_windows(layers, part) for part in (k, v))
             mixed = layers.attention(name, q, k, v, self.heads, _mask(layers))
         return self._from_windows(layers, name, mixed)
-
-    def _rotated(self, layers: Layers, x: str) -> str:
-        """Halves of each head turned by the angles of row and column."""
-        g, heads = layers.graph, self.heads
-        cos, sin = self._angles(layers, "Cos"), self._angles(layers, "Sin")
-        split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
-        first, second = g.split(split, [f"{x}.first", f"{x}.second"])
-        turned = [
-            g.op(
-                kind,
-                f"{x}.{part}.turned",
-                g.op("Mul", f"{x}.{part}.cos", one, cos),
-                g.op("Mul", f"{x}.{part}.sin", other, sin),
-            )
-            for kind, part, one, other in (
-                ("Sub", "first", first, second),
-                ("Add", "second", second, first),
-            )
-        ]
-        joined = g.op("Concat", f"{x}.turned", *turned, axis=-1)
-        return g.op("Reshape", f"{x}.rotated", joined, layers.ints(1, -1, heads.q_size))
-
-    def _angles(self, layers: Layers, function: str) -> str:
-        """(n_patches, 1, head_dim / 2): cosines or sines, of the row and then of the column."""
-        g, n = layers.graph, self.heads.head_dim // 4
-        frequencies = THETA ** -(np.arange(n, dtype=np.float64) / n)
-
-        def angles(name: str) -> str:
-            places = layers.floats(f"{name}.places", "places")
-            places = g.op("Reshape", f"{name}.by_axis", places, layers.ints(-1, 2, 1))
-            turned = g.op("Mul", f"{name}.turned", places, g.constant("frequencies", frequencies))
-            return g.op("Reshape", name, turned, layers.ints(-1, 1, 2 * n))
-
-        return layers.once(
-            f"places.{function.lower()}",
-            lambda name: g.op(function, name, layers.once("places.angles", angles)),
-        )
 
     def _in_windows(self, layers: Layers, x: str) -> str:
         """(1, n_patches, ...) as (n_windows, window_patches, ...)."""
@@ -260,50 +233,6 @@ class _Builder:
             "slots.flat", lambda made: g.op("Reshape", made, "slots", layers.ints(-1))
         )
         return g.op("Gather", f"{name}.in_order", flat, slots, axis=1)
-
-    def _in_parts(self, layers: Layers, name: str, q: str, k: str, v: str) -> str:
-        """Attention to the whole picture, some windows' queries at a time: as q, in windows.
-
-        Standard operators without a loop cannot do it for one window after the other.
-        """
-        g, heads = layers.graph, self.heads
-        split = layers.ints(-1, heads.n_heads, heads.head_dim)
-        k, v = (g.op("Reshape", f"{part}.split", part, split) for part in (k, v))
-        k = g.op("Transpose", f"{k}.heads", k, perm=(1, 2, 0))
-        v = g.op("Transpose", f"{v}.heads", v, perm=(1, 0, 2))
-        n = self.images.window_blocks**2 * self.images.block_patches
-        by_head = layers.ints(-1, n, heads.n_heads, heads.head_dim)
-        mixed = []
-        for index in range(PARTS):
-            part = f"{name}.part{index}"
-            some = g.op("Slice", f"{part}.q", q, *self._part(layers, index), layers.ints(0))
-            some = g.op("Reshape", f"{part}.split", some, by_head)
-            some = g.op("Transpose", f"{part}.heads", some, perm=(0, 2, 1, 3))
-            some = g.op("Mul", f"{part}.scaled", some, layers.head_scale(heads))
-            some = g.op("MatMul", f"{part}.scores", some, k)
-            some = g.op("Softmax", f"{part}.weights", some, axis=-1)
-            some = g.op("MatMul", f"{part}.values", some, v)
-            some = g.op("Transpose", f"{part}.by_patch", some, perm=(0, 2, 1, 3))
-            mixed.append(g.op("Reshape", f"{part}.joined", some, layers.ints(-1, n, heads.q_size)))
-        return g.op("Concat", f"{name}.mixed", *mixed, axis=0)
-
-    def _part(self, layers: Layers, index: int) -> tuple[str, str]:
-        """First window of a part, and the first behind it; there may be none in the last ones."""
-        g = layers.graph
-
-        def size(name: str) -> str:
-            shape = g.op("Shape", f"{name}.of", "windows", start=1, end=2)
-            padded = g.op("Add", f"{name}.padded", shape, layers.ints(PARTS - 1))
-            return g.op("Div", name, padded, layers.ints(PARTS))
-
-        def edge(number: int) -> str:
-            many = layers.once("windows.part", size)
-            return layers.once(
-                f"windows.edge{number}",
-                lambda name: g.op("Mul", name, many, layers.ints(number)),
-            )
-
-        return edge(index), edge(index + 1)
 
 
 def _mask(layers: Layers) -> str:

@@ -1,0 +1,138 @@
+"""Attention of towers for pictures of any size: rotary positions of row and column.
+
+The graph is told each patch's row and column, ``places`` int64 (1, n_patches, 2). Half of a head's
+frequencies turn by the row, the other half by the column.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edge_vlm_export.graph.architecture import AttentionSizes
+    from edge_vlm_export.graph.layers import Layers
+
+PLACES = "places"
+
+
+def rotated(
+    layers: Layers, x: str, heads: AttentionSizes, frequencies: npt.NDArray[np.floating]
+) -> str:
+    """Queries or keys (1, n_patches, heads together), halves of each head turned.
+
+    ``frequencies`` are (head_dim / 4,) for both, or (2, head_dim / 4): of rows, of columns.
+    """
+    g = layers.graph
+    cos, sin = (_angles(layers, function, frequencies) for function in ("Cos", "Sin"))
+    half = heads.head_dim // 2
+    split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
+    first, second = g.split(split, [f"{x}.first", f"{x}.second"])
+    cos, sin = (
+        layers.once(
+            f"{angles}.by_head",
+            lambda name, angles=angles: g.op(  # type: ignore[misc]
+                "Reshape", name, angles, layers.ints(-1, 1, half)
+            ),
+        )
+        for angles in (cos, sin)
+    )
+    turned = [
+        g.op(
+            kind,
+            f"{x}.{part}.turned",
+            g.op("Mul", f"{x}.{part}.cos", one, cos),
+            g.op("Mul", f"{x}.{part}.sin", other, sin),
+        )
+        for kind, part, one, other in (
+            ("Sub", "first", first, second),
+            ("Add", "second", second, first),
+        )
+    ]
+    joined = g.op("Concat", f"{x}.turned", *turned, axis=-1)
+    return g.op("Reshape", f"{x}.rotated", joined, layers.ints(1, -1, heads.q_size))
+
+
+def _angles(layers: Layers, function: str, frequencies: npt.NDArray[np.floating]) -> str:
+    """(n_patches, head_dim / 2): cosines or sines, of the row and then of the column."""
+    g, n = layers.graph, frequencies.shape[-1]
+
+    def angles(name: str) -> str:
+        places = layers.floats(f"{name}.places", PLACES)
+        places = g.op("Reshape", f"{name}.by_axis", places, layers.ints(-1, 2, 1))
+        turned = g.op("Mul", f"{name}.turned", places, g.constant("frequencies", frequencies))
+        return g.op("Reshape", name, turned, layers.ints(-1, 2 * n))
+
+    return layers.once(
+        f"places.{function.lower()}",
+        lambda name: g.op(function, name, layers.once("places.angles", angles)),
+    )
+
+
+def in_parts(
+    layers: Layers,
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    heads: AttentionSizes,
+    n_parts: int,
+) -> str:
+    """Attention to the whole picture, some groups of queries at a time.
+
+    Standard operators without a loop cannot do it for one group after the other, and the scores of
+    all patches with all are too many.
+
+    Args:
+        layers: the graph.
+        name: in front of those of the nodes.
+        q: queries (n_groups, n, heads together), of any sizes.
+        k: keys (1, n_patches, heads together).
+        v: values, likewise.
+        heads: their sizes.
+        n_parts: how many times some are computed.
+
+    Returns:
+        As ``q``.
+    """
+    g = layers.graph
+    split = layers.ints(-1, heads.n_heads, heads.head_dim)
+    k, v = (g.op("Reshape", f"{part}.split", part, split) for part in (k, v))
+    k = g.op("Transpose", f"{k}.heads", k, perm=(1, 2, 0))
+    v = g.op("Transpose", f"{v}.heads", v, perm=(1, 0, 2))
+    by_head = layers.ints(0, 0, heads.n_heads, heads.head_dim)
+    mixed = []
+    for index in range(n_parts):
+        part = f"{name}.part{index}"
+        edges = _edges(layers, q, index, n_parts)
+        some = g.op("Slice", f"{part}.q", q, *edges, layers.ints(0))
+        some = g.op("Reshape", f"{part}.split", some, by_head)
+        some = g.op("Transpose", f"{part}.heads", some, perm=(0, 2, 1, 3))
+        some = g.op("Mul", f"{part}.scaled", some, layers.head_scale(heads))
+        some = g.op("MatMul", f"{part}.scores", some, k)
+        some = g.op("Softmax", f"{part}.weights", some, axis=-1)
+        some = g.op("MatMul", f"{part}.values", some, v)
+        some = g.op("Transpose", f"{part}.by_patch", some, perm=(0, 2, 1, 3))
+        mixed.append(g.op("Reshape", f"{part}.joined", some, layers.ints(0, 0, heads.q_size)))
+    return g.op("Concat", f"{name}.mixed", *mixed, axis=0)
+
+
+def _edges(layers: Layers, q: str, index: int, n_parts: int) -> tuple[str, str]:
+    """First group of a part, and the first behind it; there may be none in the last ones."""
+    g = layers.graph
+
+    def size(name: str) -> str:
+        shape = g.op("Shape", f"{name}.of", q, start=0, end=1)
+        padded = g.op("Add", f"{name}.padded", shape, layers.ints(n_parts - 1))
+        return g.op("Div", name, padded, layers.ints(n_parts))
+
+    def edge(number: int) -> str:
+        many = layers.once("queries.part", size)
+        return layers.once(
+            f"queries.edge{number}",
+            lambda name: g.op("Mul", name, many, layers.ints(number)),
+        )
+
+    return edge(index), edge(index + 1)

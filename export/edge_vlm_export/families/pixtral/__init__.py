@@ -1,0 +1,1 @@
+"""Pixtral's half for the exporter."""
