@@ -215,13 +215,12 @@ class Sampler:
     ) -> None:
         self._api = api = weights.api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        n_extra = weights.geometry.additional_vocab_size
-        if n_extra:
-            bias = (api.llama_logit_bias * n_extra)()
-            for index in range(n_extra):
-                bias[index].token = weights.geometry.vocab_size + index
-                bias[index].bias = -np.inf
-            never = api.llama_sampler_init_logit_bias(weights.n_ids, n_extra, bias)
+        ids = (*weights.unspoken, *range(weights.geometry.vocab_size, weights.n_ids))
+        if ids:
+            bias = (api.llama_logit_bias * len(ids))()
+            for entry, token in zip(bias, ids, strict=True):
+                entry.token, entry.bias = token, -np.inf
+            never = api.llama_sampler_init_logit_bias(weights.n_ids, len(ids), bias)
             api.llama_sampler_chain_add(chain, never)
         if temperature == 0:
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())

@@ -179,6 +179,7 @@ class Weights:
     ) -> None:
         self.path = bundle.decoder_file
         self.geometry = bundle.manifest.decoder
+        self.unspoken = bundle.manifest.tokens.unspoken
         self.sha256 = bundle.manifest.files[self.path.name].sha256
         if not is_checked:
             check_decoder(self.path, self.geometry)

@@ -100,6 +100,11 @@ class Tokens(Part):
     special: dict[SpecialText, TokenId] = Field(max_length=10_000)
 
     @property
+    def unspoken(self) -> tuple[int, ...]:
+        """Ids of the vocabulary that stand for parts of a picture, and in no answer."""
+        return ()
+
+    @property
     def all_ids(self) -> tuple[int, ...]:
         """Every id that is named here."""
         roles = [value for _, value in self if isinstance(value, int)]

@@ -19,6 +19,9 @@ from edge_vlm.families.llava_like import plan_grid
 from edge_vlm.families.llava_onevision.released import IMAGE_PROCESSOR as ONEVISION
 from edge_vlm.families.llava_onevision.released import RELEASED
 from edge_vlm.families.llava_onevision.tiling import plan_tiling
+from edge_vlm.families.pixtral.patches import grid_of
+from edge_vlm.families.pixtral.released import IMAGE_PROCESSOR as PIXTRAL
+from edge_vlm.families.pixtral.released import RELEASED as PIXTRAL_RELEASED
 from edge_vlm.families.qwen2_5_vl.patches import smart_resize
 from edge_vlm.families.qwen2_5_vl.released import IMAGE_PROCESSOR as QWEN
 from edge_vlm.families.qwen2_5_vl.released import RELEASED as QWEN_RELEASED
@@ -95,11 +98,9 @@ def qwen_25_vl(width: int, height: int) -> Usage:
 def pixtral(width: int, height: int) -> Usage:
     """Patches of 16, the longer side at most 1,024, a break or end token a row.
 
-    Source: mistral-common, tokens/tokenizers/image.py.
+    As ``families.pixtral`` for the released model, which refuses what would be thinner than a pixel.
     """
-    shrink = max(width / 1024, height / 1024, 1)
-    columns = (max(1, round(width / shrink)) - 1) // 16 + 1
-    rows = (max(1, round(height / shrink)) - 1) // 16 + 1
+    rows, columns = (max(1, n) for n in grid_of(height, width, PIXTRAL))
     return Usage(rows * (columns + 1))
 
 
@@ -173,7 +174,7 @@ OTHER_MODELS = (
     ),
     OtherModel("Qwen2.5-VL 3B", QWEN_RELEASED["qwen2.5-vl-3b"].decoder, 0.668e9, qwen_25_vl),
     OtherModel("Qwen2.5-VL 7B", QWEN_RELEASED["qwen2.5-vl-7b"].decoder, 0.676e9, qwen_25_vl),
-    OtherModel("Pixtral 12B", _decoder(40, 5120, 14336, 32, 8, 131072), 0.435e9, pixtral),
+    OtherModel("Pixtral 12B", PIXTRAL_RELEASED["pixtral-12b"].decoder, 0.435e9, pixtral),
     OtherModel("InternVL2.5 1B", INTERNVL_RELEASED["internvl2.5-1b"].decoder, 0.309e9, internvl),
     OtherModel("InternVL2.5 8B", INTERNVL_RELEASED["internvl2.5-8b"].decoder, 0.338e9, internvl),
     OtherModel(

@@ -50,6 +50,7 @@ def test_every_family_has_its_other_half() -> None:
         "llava-next",
         "internvl",
         "llava-onevision",
+        "pixtral",
         "qwen2.5-vl",
     ]
     for name, family in families().items():
@@ -62,7 +63,7 @@ def test_every_family_has_its_other_half() -> None:
 
 def test_a_checkpoint_tells_its_family(tmp_path: Path) -> None:
     assert family_of(TINY).name == "jina-vlm"
-    for name in ("llava-1.5", "llava-next", "llava-onevision", "qwen2.5-vl"):
+    for name in ("llava-1.5", "llava-next", "llava-onevision", "pixtral", "qwen2.5-vl"):
         assert family_of(GOLDEN / name / "checkpoint").name == name
     for layout in ("internvl", "internvl-chat"):
         assert family_of(GOLDEN / layout / "checkpoint").name == "internvl"

@@ -15,6 +15,11 @@ class PixtralTokens(Tokens):
     image_break: TokenId
     image_end: TokenId
 
+    @property
+    def unspoken(self) -> tuple[int, ...]:
+        """All three."""
+        return self.image, self.image_break, self.image_end
+
 
 class PixtralPrompt(Prompt):
     """The template writes these around a conversation itself."""

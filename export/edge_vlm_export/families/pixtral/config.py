@@ -67,7 +67,7 @@ class TextConfig(RotaryText):
     rms_norm_eps: Epsilon = 1e-6
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool | None = None
-    eos_token_id: StopIds = [2]
+    eos_token_id: StopIds = Field(default=[2])
 
     @classmethod
     def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
