@@ -98,7 +98,7 @@ def qwen_25_vl(width: int, height: int) -> Usage:
 def pixtral(width: int, height: int) -> Usage:
     """Patches of 16, the longer side at most 1,024, a break or end token a row.
 
-    As ``families.pixtral`` for the released model, which refuses what would be thinner than a pixel.
+    As ``families.pixtral`` for the released model, which refuses the thinnest pictures.
     """
     rows, columns = (max(1, n) for n in grid_of(height, width, PIXTRAL))
     return Usage(rows * (columns + 1))

@@ -50,7 +50,7 @@ def load(bundle: Callable[..., Path]) -> Load:
 
     @cache
     def loader(vision: str = "fp32", decoder: str = "f32", kv_type: str = "f32") -> EdgeVLM:
-        settings = MachineSettings(threads=1, kv_type=kv_type, cache=None)
+        settings = MachineSettings(threads=1, kv_type=kv_type, cache=None, alpha="drop")
         return EdgeVLM.load(bundle(NAME, vision, decoder), settings=settings)
 
     return loader
@@ -59,7 +59,7 @@ def load(bundle: Callable[..., Path]) -> Load:
 def tiles_of(case: GoldenCase) -> list[Any]:
     """The one crop of each picture."""
     processor = Model(MODEL.checkpoint).settings.image_processor
-    return [FAMILY.runtime.cut(load_image(path), processor) for path in case.images]
+    return [FAMILY.runtime.cut(load_image(path, alpha="drop"), processor) for path in case.images]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,8 +1,9 @@
 """The GGUF's tokenizer gives the ids of the checkpoint's ``tokenizer.json``.
 
-The checkpoint's side is the ``tokenizers`` library; llama.cpp's side is given NFC text, as the
-runtime does. Known differences, all in llama.cpp's older Unicode tables, are tested as such at the
-end: they concern scripts that Unicode 16 added in 2024, and one archaic letter.
+The checkpoint's side is the ``tokenizers`` library; llama.cpp's side is given NFC text where the
+checkpoint normalizes, as the runtime does. Known differences, all in llama.cpp's older Unicode
+tables, are tested as such at the end: they concern scripts that Unicode 16 added in 2024, and one
+archaic letter.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,10 @@ class Pair:
 
     def ids(self, text: str) -> tuple[list[int], list[int]]:
         """(published ids, llama.cpp's ids)."""
-        normalized = unicodedata.normalize("NFC", text)
         published = self.published.encode(text, add_special_tokens=False).ids
-        return published, llama_tokenize(self.vocab, normalized)
+        if self.published.normalizer:
+            text = unicodedata.normalize("NFC", text)
+        return published, llama_tokenize(self.vocab, text)
 
     def check(self, text: str) -> None:
         """Both sides agree."""
@@ -136,6 +139,13 @@ def pairs(bundle: Callable[..., Path]) -> Iterator[dict[str, Pair]]:
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """See ``probing``; the rule is Qwen2's."""
+    with probing(GOLDEN_NAMES[0], "qwen2", tmp_path_factory.mktemp("probe")) as pair:
+        yield pair
+
+
+@contextmanager
+def probing(golden: str, rule: str, folder: Path) -> Iterator[Pair]:
     """A tokenizer whose merges join any two bytes, so that nearly every wrong split shows.
 
     The golden vocabularies are small: most wrong splits would leave their ids as they are.
@@ -145,13 +155,13 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     np.random.default_rng(0).shuffle(pieces)
     tokens = letters + ["".join(pair) for pair in pieces]
     source = json.loads(
-        (GOLDEN / GOLDEN_NAMES[0] / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8")
+        (GOLDEN / golden / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8")
     )
-    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLITS["qwen2"][0]
+    assert source["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == SPLITS[rule][0]
     source["added_tokens"] = []
     source["model"]["vocab"] = {token: index for index, token in enumerate(tokens)}
     source["model"]["merges"] = pieces
-    path = tmp_path_factory.mktemp("probe") / "probe.gguf"
+    path = folder / "probe.gguf"
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_context_length(8)
     writer.add_embedding_length(8)
@@ -160,7 +170,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges([" ".join(pair) for pair in pieces])
@@ -218,6 +228,43 @@ def test_any_text(pairs: dict[str, Pair], probe: Pair, text: str) -> None:
 def test_every_character_of_the_basic_plane(context: str, probe: Pair) -> None:
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
     texts = [unicodedata.normalize("NFC", context.format(c)) for c in filter(_is_known, characters)]
+    for text, expected in zip(texts, probe.published.encode_batch(texts), strict=True):
+        assert llama_tokenize(probe.vocab, text) == expected.ids, ascii(text)
+
+
+@pytest.fixture(scope="module")
+def pixtral(
+    bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Pair]]:
+    """Llama 3's rule: the golden Pixtral's tokenizer, and a probe."""
+    published = Tokenizer.from_file(str(GOLDEN / "pixtral/checkpoint/tokenizer.json"))
+    with (
+        llama_model(bundle("pixtral") / "decoder.gguf", vocab_only=True) as model,
+        probing("pixtral", "pixtral", tmp_path_factory.mktemp("probe")) as probe,
+    ):
+        yield [Pair(published, llama_cpp.llama_model_get_vocab(model)), probe]
+
+
+@pytest.mark.parametrize("text", [*LANGUAGES.values(), *OTHERS], ids=ascii)
+def test_texts_with_llama_3_s_rule(text: str, pixtral: list[Pair]) -> None:
+    for pair in pixtral:
+        for variant in (text, unicodedata.normalize("NFD", text), text.upper(), text + "\n"):
+            pair.check(variant)
+
+
+@settings(max_examples=examples(250, 2000), deadline=None, derandomize=True)
+@given(TEXT)
+@example("1234567 12 ½½½½ 1a2 \u0663\u0663\u0663\u0663")
+def test_any_text_with_llama_3_s_rule(pixtral: list[Pair], text: str) -> None:
+    for pair in pixtral:
+        pair.check(text)
+
+
+@pytest.mark.parametrize("context", ["a{}a", "1{0}{0}{0}1", "'{}", "{0}{0}'s"])
+def test_every_character_with_llama_3_s_rule(context: str, pixtral: list[Pair]) -> None:
+    probe = pixtral[1]
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    texts = [context.format(character) for character in filter(_is_known, characters)]
     for text, expected in zip(texts, probe.published.encode_batch(texts), strict=True):
         assert llama_tokenize(probe.vocab, text) == expected.ids, ascii(text)
 

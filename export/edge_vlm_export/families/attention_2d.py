@@ -27,18 +27,8 @@ def rotated(
     """
     g = layers.graph
     cos, sin = (_angles(layers, function, frequencies) for function in ("Cos", "Sin"))
-    half = heads.head_dim // 2
     split = g.op("Reshape", f"{x}.by_head", x, layers.ints(-1, heads.n_heads, heads.head_dim))
     first, second = g.split(split, [f"{x}.first", f"{x}.second"])
-    cos, sin = (
-        layers.once(
-            f"{angles}.by_head",
-            lambda name, angles=angles: g.op(  # type: ignore[misc]
-                "Reshape", name, angles, layers.ints(-1, 1, half)
-            ),
-        )
-        for angles in (cos, sin)
-    )
     turned = [
         g.op(
             kind,
@@ -56,14 +46,14 @@ def rotated(
 
 
 def _angles(layers: Layers, function: str, frequencies: npt.NDArray[np.floating]) -> str:
-    """(n_patches, head_dim / 2): cosines or sines, of the row and then of the column."""
+    """(n_patches, 1, head_dim / 2): cosines or sines, of the row and then of the column."""
     g, n = layers.graph, frequencies.shape[-1]
 
     def angles(name: str) -> str:
         places = layers.floats(f"{name}.places", PLACES)
         places = g.op("Reshape", f"{name}.by_axis", places, layers.ints(-1, 2, 1))
         turned = g.op("Mul", f"{name}.turned", places, g.constant("frequencies", frequencies))
-        return g.op("Reshape", name, turned, layers.ints(-1, 2 * n))
+        return g.op("Reshape", name, turned, layers.ints(-1, 1, 2 * n))
 
     return layers.once(
         f"places.{function.lower()}",
