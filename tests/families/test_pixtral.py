@@ -12,7 +12,7 @@ from edge_vlm.errors import BudgetError, ImageError
 from edge_vlm.families.base import find_family
 from edge_vlm.families.pixtral import patches
 from edge_vlm.families.pixtral.family import FAMILY
-from edge_vlm.families.pixtral.prompt import PixtralTokens
+from edge_vlm.families.pixtral.prompt import PixtralPrompt, PixtralTokens
 from edge_vlm.families.pixtral.released import IMAGE_PROCESSOR
 from edge_vlm.pictures.image import load_image
 from edge_vlm.pictures.overview import draw_tiling
@@ -20,6 +20,7 @@ from edge_vlm.planning.budget import check_budget, limit_tiles
 from edge_vlm.planning.models import model_sizes
 from edge_vlm.planning.profiles import PROFILES
 from edge_vlm.planning.request import plan_image, plan_request
+from edge_vlm.prompt.template import ChatTemplate
 from tests.conftest import GOLDEN, GoldenCase, load_golden
 
 TABLE = json.loads((GOLDEN / "pixtral/size_table.json").read_text(encoding="utf-8"))
@@ -188,8 +189,8 @@ def test_work_and_memory_follow_the_size_of_a_picture() -> None:
 
 def test_the_budget_says_what_would_fit() -> None:
     model = model_sizes(name="pixtral-12b")
-    with pytest.raises(BudgetError, match=r"tiles would fit \(--max-tiles [0-9]+\)"):
-        check_budget(4160 + 64, [(2046, 2728)], model.processor, model.decoder, 300_000_000, "f16")
+    with pytest.raises(BudgetError, match=r"6 tiles would fit \(--max-tiles 6\)"):
+        check_budget(3120 + 64, [(2046, 2728)], model.processor, model.decoder, 300_000_000, "f16")
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
@@ -200,6 +201,35 @@ def test_an_overview_is_drawn_for_any_shape(width: int, height: int) -> None:
     ((extent, used, count),) = FAMILY.boxes(plan, IMAGE_PROCESSOR)
     assert extent == used == (0, 0, 1, 1)
     assert count == plan.tile_tokens
+
+
+def test_the_template_is_given_what_it_reads() -> None:
+    """The released one takes what others than the user say as text, and a text part's content."""
+    texts = {"image_prompt_token": "[IMG]", "bos_token": "<s>", "eos_token": "</s>"}
+    prompt = PixtralPrompt.model_validate({**texts, "normalizer": None})
+    template = ChatTemplate(
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set messages = messages[1:] %}{% endif %}{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ '[INST]' }}"
+        "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}"
+        "{% for chunk in message['content'] %}{% if chunk['type'] == 'text' %}"
+        "{{ chunk['content'] }}{% else %}{{ '[IMG]' }}{% endif %}{% endfor %}{{ '[/INST]' }}"
+        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+
+    def text(said: str) -> dict[str, str]:
+        return {"type": "text", "text": said}
+
+    said = [
+        ("system", [text("Be brief."), text("Please.")]),
+        ("user", [text("Which?"), {"type": "image"}]),
+        ("assistant", [text("That.")]),
+        ("user", [text("Why?")]),
+    ]
+    messages = [{"role": role, "content": prompt.content(role, parts)} for role, parts in said]
+    assert template.render(messages=messages, **prompt.template_variables()) == (
+        "<s>[INST]Which?[IMG][/INST]That.</s>[INST]Be brief. Please.\n\nWhy?[/INST]"
+    )
 
 
 def test_settings_that_cannot_be() -> None:
