@@ -231,7 +231,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.no_cover  # it would take the time that is allowed
+@pytest.mark.limits
 @pytest.mark.parametrize("name", MALFORMED)
 def test_graphs_that_are_no_protobuf(tmp_path: Path, name: str) -> None:
     path = tmp_path / VISION_NAME

@@ -24,7 +24,7 @@ TEXT_ATTENTION = "text_config.block_config.attn_config"
 SPLIT = "pre_tokenizer.pretokenizers.0"
 
 UNSUPPORTED: list[tuple[str, str, Any]] = [
-    (CONFIG, "model_type", "llava"),
+    (CONFIG, "model_type", "blip"),
     (CONFIG, "vision_config.linear_patch_embedding", False),
     (CONFIG, "vision_config.patch_embedding_bias", False),
     (CONFIG, "vision_config.use_absolute_positional_embeddings", False),

@@ -340,7 +340,7 @@ HOSTILE_PATTERNS = [
 ]
 
 
-@pytest.mark.no_cover  # it takes most of the time that is allowed
+@pytest.mark.limits
 @pytest.mark.parametrize(
     ("schema", "regex"),
     [*((schema, None) for schema in HOSTILE.values()), *((None, p) for p in HOSTILE_PATTERNS)],

@@ -177,7 +177,7 @@ LARGE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.no_cover  # it measures time
+@pytest.mark.limits
 @pytest.mark.parametrize("name", LARGE)
 def test_what_is_large_is_compiled_soon_or_refused_with_the_reason(name: str) -> None:
     schema = LARGE[name]()
