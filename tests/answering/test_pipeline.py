@@ -196,7 +196,9 @@ def test_json_form_has_every_counter(load: Load, golden: dict[str, Any]) -> None
         *("restored_tokens", "image_tokens", "images", "encoded_crops", "cached_crops"),
         *("timings", "kv_bytes", "peak_rss_bytes", "parsed", "choices"),
     }
-    assert set(data["images"][0]) == {"size", "resized", "tiling", "crops", "reduced"}
+    assert set(data["images"][0]) == {
+        *("size", "resized", "tiling", "crops", "reduced", "used", "alpha", "crop"),
+    }
     assert data["kv_bytes"] == 256 * load(case.model).manifest.decoder.kv_bytes_per_token(4.0)
     assert data["peak_rss_bytes"] > 10_000_000
     assert data["timings"]["vision"] > 0
