@@ -65,8 +65,14 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """The other tests: those that need llama.cpp or a model, and what hostile input may cost."""
-    tool(session, "pytest", "-m", "not unit", *session.posargs)
+    """The other tests: those that need llama.cpp or a model, and what hostile input may cost.
+
+    Those of the exporter, most of them, in two processes. The others measure times and memory, or
+    how threads get on with each other: one after the other.
+    """
+    others = ("pytest", "-m", "not unit", *session.posargs)
+    tool(session, *others, "tests/export", "-n", "2", "--dist", "worksteal")
+    tool(session, *others, "--ignore", "tests/export")
 
 
 @nox.session

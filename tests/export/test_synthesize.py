@@ -175,7 +175,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert isinstance(again.exception, InputError)
     assert "already exists" in str(again.exception)
     unknown = CliRunner().invoke(group, ["synthesize", "--config", "nothing", "--out", "x"])
-    assert "neither jina-vlm nor demo nor internvl2.5-1b nor a folder" in str(unknown.exception)
+    names = "neither jina-vlm nor demo nor internvl2.5-1b nor qwen2.5-vl-3b nor qwen2.5-vl-7b"
+    assert f"{names} nor a folder" in str(unknown.exception)
 
 
 def test_a_config_folder_that_lacks_a_file(tmp_path: Path) -> None:

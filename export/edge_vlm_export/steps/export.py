@@ -77,8 +77,9 @@ def export_checkpoint(
     check_target(out, overwrite)
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such checkpoint folder")
-    if any(p.resolve().is_relative_to(out.resolve()) for p in (checkpoint, adapter) if p):
-        raise InputError(f"{out}: the checkpoint or adapter itself lies there")
+    for source, what in ((checkpoint, "checkpoint"), (adapter, "adapter")):
+        if source and source.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out}: the {what} itself lies there")
     export = _Export(Model(checkpoint, adapter), name, choices)
     export.announce(out.parent, notice)
     with new_folder(out, overwrite) as folder:
