@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,9 @@ def picture_source(name: str) -> str | bytes:
     """
     from edge_vlm.pictures.sources import is_pipe, read_pipe
 
-    return read_pipe(name) if name == "-" or is_pipe(name) else name
+    if name != "-" and not is_pipe(name):
+        return name
+    return read_pipe(name).removeprefix(codecs.BOM_UTF8)  # which some shells put in front
 
 
 def read_picture(

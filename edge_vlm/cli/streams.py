@@ -83,8 +83,3 @@ def say_error(text: str) -> None:
     """Write an error to stderr, as one line."""
     click.echo(click.style("Error:", fg="red"), err=True, nl=False)
     say(f" {' '.join(text.split())}")
-
-
-def read_stdin(limit: int = -1) -> bytes:
-    """At most ``limit`` bytes of stdin, without the mark that some shells put in front."""
-    return sys.stdin.buffer.read(limit).removeprefix(codecs.BOM_UTF8)
