@@ -67,12 +67,14 @@ def coverage(session: nox.Session) -> None:
 def engines(session: nox.Session) -> None:
     """The other tests: those that need llama.cpp or a model, and what hostile input may cost.
 
-    Those of the exporter, most of them, in two processes. The others measure times and memory, or
-    how threads get on with each other: one after the other.
+    Most of them in two processes. The others measure times and memory of whole commands, or how
+    threads get on with each other: one after the other.
     """
+    rooms = ("bundle", "decoder", "export", "forms", "planning", "prompt")
+    side_by_side = [f"tests/{room}" for room in rooms]
     others = ("pytest", "-m", "not unit", *session.posargs)
-    tool(session, *others, "tests/export", "-n", "2", "--dist", "worksteal")
-    tool(session, *others, "--ignore", "tests/export")
+    tool(session, *others, *side_by_side, "-n", "2", "--dist", "worksteal")
+    tool(session, *others, *(f"--ignore={folder}" for folder in side_by_side))
 
 
 @nox.session
