@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from edge_vlm.bundle.json_text import wrong
+from edge_vlm_export.checkpoint.config_file import Epsilon, Layers, Size, StopIds
 from edge_vlm_export.checkpoint.tensors import Checkpoint, Float32, Shape, Values, stacked
-
-if TYPE_CHECKING:
-    from edge_vlm_export.graph.architecture import AttentionSizes
+from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.graph.architecture import AttentionSizes
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,65 @@ class TextSettings:
     def n_ids(self) -> int:
         """Rows of the token table: the vocabulary and the ids that can only be read."""
         return self.vocab_size + self.additional_vocab_size
+
+
+class DecoderText(RotaryText):
+    """The keys that transformers' configurations of these decoders have in common."""
+
+    model_type: str
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
+    rms_norm_eps: Epsilon = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool | None = None
+    eos_token_id: StopIds | None = None
+
+    @property
+    def attention(self) -> AttentionSizes:
+        """Heads; as many for keys and values as for queries where nothing is said."""
+        n_heads = self.num_attention_heads
+        return AttentionSizes(
+            n_heads=n_heads,
+            n_kv_heads=self.num_key_value_heads or n_heads,
+            head_dim=self.head_dim or self.hidden_size // n_heads,
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Most positions of a context."""
+        return self.max_position_embeddings
+
+    def settings(self, n_spoken: int | None = None) -> TextSettings:
+        """Its sizes; ids from ``n_spoken`` on are only read."""
+        spoken = self.vocab_size if n_spoken is None else n_spoken
+        return TextSettings(
+            n_layers=self.num_hidden_layers,
+            hidden_size=self.hidden_size,
+            attention=self.attention,
+            ffn_size=self.intermediate_size,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=self.theta,
+            max_sequence_length=self.context_length,
+            vocab_size=spoken,
+            additional_vocab_size=self.vocab_size - spoken,
+        )
+
+    @model_validator(mode="after")
+    def _heads_agree(self) -> DecoderText:
+        n_heads, sizes = self.num_attention_heads, self.attention
+        if self.head_dim is None and self.hidden_size % n_heads:
+            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
+        if n_heads % sizes.n_kv_heads:
+            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
+        if sizes.head_dim % 2:
+            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
+        return self
 
 
 @dataclass(frozen=True)

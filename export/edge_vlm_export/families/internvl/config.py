@@ -26,9 +26,8 @@ from edge_vlm_export.checkpoint.config_file import (
     agree,
 )
 from edge_vlm_export.checkpoint.known_keys import Keys, Known
-from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.llama_like import DecoderText
 from edge_vlm_export.families.settings_files import IMAGE_KEYS, PROCESSOR_KEYS
-from edge_vlm_export.graph.architecture import AttentionSizes
 
 CHAT = "internvl_chat"
 SHUFFLE = 2  # patches along a side of the square that makes a vector
@@ -61,7 +60,7 @@ def _not_dynamic(told: Any) -> Any:
 Side = Annotated[int, BeforeValidator(_side), Field(ge=1, le=4096)]
 
 
-class TextConfig(RotaryText):
+class TextConfig(DecoderText):
     """Qwen2, InternLM2, or the latter as Llama.
 
     "Dynamic" scaling of rotary positions changes nothing up to ``max_position_embeddings``, where a
@@ -72,21 +71,9 @@ class TextConfig(RotaryText):
     harmless: ClassVar[Keys] = ("sliding_window", "max_window_layers")
 
     model_type: Literal["qwen2", "internlm2", "llama"]
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
-    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
-    rms_norm_eps: Epsilon = 1e-6
-    hidden_act: Literal["silu"] = "silu"
     bias: Off = False  # InternLM2's and Llama's
     attention_bias: bool | None = None
     mlp_bias: Off = False
-    tie_word_embeddings: bool | None = None
-    eos_token_id: StopIds | None = None
 
     @classmethod
     def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -98,24 +85,8 @@ class TextConfig(RotaryText):
         """Of queries, keys and values."""
         return self.model_type == "qwen2"
 
-    @property
-    def attention(self) -> AttentionSizes:
-        """Heads; as many for keys and values as for queries where nothing is said."""
-        return AttentionSizes(
-            n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-        )
-
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
-        n_heads, sizes = self.num_attention_heads, self.attention
-        if self.head_dim is None and self.hidden_size % n_heads:
-            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
-        if n_heads % sizes.n_kv_heads:
-            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
-        if sizes.head_dim % 2:
-            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
         if self.attention_bias not in (None, self.has_biases):
             raise wrong("attention_bias", self.attention_bias, f"{self.model_type} has the other")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -21,12 +22,14 @@ from edge_vlm_export.families.internvl.config import (
     Processor,
 )
 from edge_vlm_export.families.internvl.vocabulary import added_ids
-from edge_vlm_export.families.llama_like import TextSettings
 from edge_vlm_export.families.settings_files import (
     read_chat_template,
     read_images,
     read_stop_ids,
 )
+
+if TYPE_CHECKING:
+    from edge_vlm_export.families.llama_like import TextSettings
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # noqa: S105
 END_OF_TURN = "<|im_end|>"
@@ -69,7 +72,7 @@ def read_settings(folder: Path) -> InternSettings:
     images = _chat_images(config, path) if config.is_chat else _images(folder, config)
     tokens = images.tokens_per_crop
     check_same(path, "image_seq_length", config.image_seq_length, tokens, "image_size")
-    text = _text(config)
+    text = config.text_config.settings()
     ties = [level.tie_word_embeddings for level in (config, config.text_config)]
     return InternSettings(
         image_processor=images,
@@ -138,21 +141,6 @@ def _image_processor(
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}: {first_problem(error)}") from error
-
-
-def _text(config: Config) -> TextSettings:
-    text = config.text_config
-    return TextSettings(
-        n_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        attention=text.attention,
-        ffn_size=text.intermediate_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=text.theta,
-        max_sequence_length=text.max_position_embeddings,
-        vocab_size=text.vocab_size,
-        additional_vocab_size=0,
-    )
 
 
 def _chat_template(folder: Path, config: Config) -> str:

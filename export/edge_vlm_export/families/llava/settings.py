@@ -25,10 +25,8 @@ from edge_vlm_export.checkpoint.config_file import (
     agree,
 )
 from edge_vlm_export.checkpoint.known_keys import Keys, Known
-from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.llama_like import DecoderText, TextSettings
 from edge_vlm_export.families.settings_files import read_stop_ids
-from edge_vlm_export.graph.architecture import AttentionSizes
 
 _SHARED = {
     "hidden_size": 4096,
@@ -49,25 +47,14 @@ _DEFAULTS: dict[Any, dict[str, int]] = {
 }
 
 
-class LlamaConfig(RotaryText):
+class LlamaConfig(DecoderText):
     """Llama, or Mistral."""
 
     model_type: Literal["llama", "mistral"]
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)]
     sliding_window: Annotated[int, Field(ge=1)] | None = None
-    rms_norm_eps: Epsilon = 1e-6
-    hidden_act: Literal["silu"] = "silu"
     attention_bias: Off = False
     mlp_bias: Off = False
-    tie_word_embeddings: bool | None = None
-    eos_token_id: StopIds | None = None
 
     @classmethod
     def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -79,36 +66,10 @@ class LlamaConfig(RotaryText):
         return super().prepared(told)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Of ``TextSettings``, those that are here."""
-        n_heads = self.num_attention_heads
-        return {
-            "n_layers": self.num_hidden_layers,
-            "hidden_size": self.hidden_size,
-            "attention": AttentionSizes(
-                n_heads=n_heads,
-                n_kv_heads=self.num_key_value_heads or n_heads,
-                head_dim=self.head_dim or self.hidden_size // n_heads,
-            ),
-            "ffn_size": self.intermediate_size,
-            "norm_eps": self.rms_norm_eps,
-            "rope_theta": self.theta,
-            # As long as a prompt fits the window, the window changes nothing.
-            "max_sequence_length": min(
-                self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
-            ),
-        }
-
-    @model_validator(mode="after")
-    def _agrees(self) -> LlamaConfig:
-        n_heads, sizes = self.num_attention_heads, self.settings["attention"]
-        if self.head_dim is None and self.hidden_size % n_heads:
-            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
-        if n_heads % sizes.n_kv_heads:
-            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
-        if sizes.head_dim % 2:
-            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
-        return self
+    def context_length(self) -> int:
+        """As long as a prompt fits the window, the window changes nothing."""
+        longest = self.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
 
 
 class Unsaid(Part):
@@ -182,12 +143,7 @@ class ClipLlamaConfig(Known):
 
     def text(self) -> TextSettings:
         """Ids from the image's on stand for parts of a prompt, or for nothing: only read."""
-        n_ids, n_spoken = self.text_config.vocab_size, self.image_token_id
-        return TextSettings(
-            vocab_size=n_spoken,
-            additional_vocab_size=n_ids - n_spoken,
-            **self.text_config.settings,
-        )
+        return self.text_config.settings(self.image_token_id)
 
     def ties(self) -> tuple[bool | None, ...]:
         """See ``Settings``; where levels contradict each other, a head in the file is used."""

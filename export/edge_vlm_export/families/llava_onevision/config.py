@@ -32,8 +32,7 @@ from edge_vlm_export.checkpoint.config_file import (
 )
 from edge_vlm_export.checkpoint.known_keys import Keys, Known
 from edge_vlm_export.families.base import Settings
-from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.llama_like import DecoderText, TextSettings
 from edge_vlm_export.families.settings_files import (
     IMAGE_KEYS,
     PROCESSOR_KEYS,
@@ -41,7 +40,6 @@ from edge_vlm_export.families.settings_files import (
     read_images,
     read_stop_ids,
 )
-from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,7 +49,7 @@ Pinpoints = Annotated[list[Pair], Field(min_length=1, max_length=256)]  # height
 AspectRatio = Annotated[str, Field(pattern=r"^anyres_max_[1-9][0-9]{0,2}$")]
 
 
-class TextConfig(RotaryText):
+class TextConfig(DecoderText):
     """Qwen2."""
 
     harmless: ClassVar[Keys] = (
@@ -60,39 +58,7 @@ class TextConfig(RotaryText):
     )  # for use_sliding_window alone
 
     model_type: Literal["qwen2"]
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
-    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
-    rms_norm_eps: Epsilon = 1e-6
-    hidden_act: Literal["silu"] = "silu"
     attention_bias: On = True  # of queries, keys and values
-    tie_word_embeddings: bool | None = None
-    eos_token_id: StopIds | None = None
-
-    @property
-    def attention(self) -> AttentionSizes:
-        """Heads; as many for keys and values as for queries where nothing is said."""
-        return AttentionSizes(
-            n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-        )
-
-    @model_validator(mode="after")
-    def _agrees(self) -> TextConfig:
-        n_heads, sizes = self.num_attention_heads, self.attention
-        if self.head_dim is None and self.hidden_size % n_heads:
-            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
-        if n_heads % sizes.n_kv_heads:
-            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
-        if sizes.head_dim % 2:
-            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
-        return self
 
 
 class VisionConfig(Known):
@@ -288,14 +254,4 @@ def _text(config: Config) -> TextSettings:
     """Ids from the image's on stand for parts of a prompt, or for nothing: they are only read."""
     text = config.text_config
     n_spoken = min(config.image_token_id, config.video_token_id or config.image_token_id)
-    return TextSettings(
-        n_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        attention=text.attention,
-        ffn_size=text.intermediate_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=text.theta,
-        max_sequence_length=text.max_position_embeddings,
-        vocab_size=n_spoken,
-        additional_vocab_size=text.vocab_size - n_spoken,
-    )
+    return text.settings(n_spoken)

@@ -17,7 +17,6 @@ from edge_vlm.bundle.json_text import first_problem, wrong
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.pixtral.processor import PixtralImageProcessor
 from edge_vlm_export.checkpoint.config_file import (
-    Epsilon,
     HubName,
     Layers,
     Off,
@@ -31,8 +30,8 @@ from edge_vlm_export.checkpoint.config_file import (
 )
 from edge_vlm_export.checkpoint.known_keys import Keys, Known
 from edge_vlm_export.families.base import Settings
-from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.families.rope import Rope, RotaryText, Theta
+from edge_vlm_export.families.llama_like import DecoderText, TextSettings
+from edge_vlm_export.families.rope import Rope, Theta
 from edge_vlm_export.families.settings_files import (
     IMAGE_KEYS,
     PROCESSOR,
@@ -41,7 +40,6 @@ from edge_vlm_export.families.settings_files import (
     read_images,
     read_stop_ids,
 )
-from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,7 +49,7 @@ Three = Annotated[tuple[float, float, float], Strict(False)]  # an array is no t
 Special = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class TextConfig(RotaryText):
+class TextConfig(DecoderText):
     """Mistral; what is absent is the class's default."""
 
     model_type: Literal["mistral"]
@@ -60,13 +58,9 @@ class TextConfig(RotaryText):
     num_hidden_layers: Layers = 32
     num_attention_heads: Size = 32
     num_key_value_heads: Size = 8
-    head_dim: Size | None = None
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 32000
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 1 << 17
     sliding_window: Size | None = None
-    rms_norm_eps: Epsilon = 1e-6
-    hidden_act: Literal["silu"] = "silu"
-    tie_word_embeddings: bool | None = None
     eos_token_id: StopIds = Field(default=[2])
 
     @classmethod
@@ -75,22 +69,10 @@ class TextConfig(RotaryText):
         return super().prepared({"sliding_window": _WINDOW, **data})
 
     @property
-    def attention(self) -> AttentionSizes:
-        """Heads, whose size need not be a part of hidden_size."""
-        n_heads = self.num_attention_heads
-        head_dim = self.head_dim or self.hidden_size // n_heads
-        return AttentionSizes(n_heads, self.num_key_value_heads, head_dim)
-
-    @model_validator(mode="after")
-    def _agrees(self) -> TextConfig:
-        n_heads, sizes = self.num_attention_heads, self.attention
-        if self.head_dim is None and self.hidden_size % n_heads:
-            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
-        if n_heads % sizes.n_kv_heads:
-            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
-        if sizes.head_dim % 2:
-            raise wrong("head_dim", sizes.head_dim, "rotary positions need an even number")
-        return self
+    def context_length(self) -> int:
+        """As long as a prompt fits the window, the window changes nothing."""
+        longest = self.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
 
 
 class VisionConfig(Known):
@@ -231,7 +213,7 @@ def read_settings(folder: Path) -> PixtralSettings:
         config.vision_config.patch_size,
         "vision_config in config.json",
     )
-    text = _text(config.text_config)
+    text = config.text_config.settings()
     ties = config.tie_word_embeddings, config.text_config.tie_word_embeddings
     return PixtralSettings(
         image_processor=_image_processor(config.vision_config, *read_images(Preprocessor, folder)),
@@ -266,19 +248,3 @@ def _image_processor(
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}: {first_problem(error)}") from error
-
-
-def _text(text: TextConfig) -> TextSettings:
-    longest = text.max_position_embeddings
-    return TextSettings(
-        n_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        attention=text.attention,
-        ffn_size=text.intermediate_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=text.theta,
-        # As long as a prompt fits the window, the window changes nothing.
-        max_sequence_length=min(longest, text.sliding_window or longest),
-        vocab_size=text.vocab_size,
-        additional_vocab_size=0,
-    )

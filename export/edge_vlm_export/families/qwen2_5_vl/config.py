@@ -23,7 +23,6 @@ from edge_vlm_export.checkpoint.config_file import (
     Layers,
     On,
     Size,
-    StopIds,
     TokenId,
     check_same,
     read_object,
@@ -32,15 +31,13 @@ from edge_vlm_export.checkpoint.config_file import (
 from edge_vlm_export.checkpoint.known_keys import Keys, Known
 from edge_vlm_export.checkpoint.tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 from edge_vlm_export.families.base import Settings
-from edge_vlm_export.families.llama_like import TextSettings
-from edge_vlm_export.families.rope import RotaryText
+from edge_vlm_export.families.llama_like import DecoderText, TextSettings
 from edge_vlm_export.families.settings_files import (
     IMAGE_KEYS,
     read_chat_template,
     read_images,
     read_stop_ids,
 )
-from edge_vlm_export.graph.architecture import AttentionSizes
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,7 +56,7 @@ _REPEATED = frozenset(
 )
 
 
-class TextConfig(RotaryText):
+class TextConfig(DecoderText):
     """Qwen2.5 with M-RoPE: how many of a head's frequencies turn by time, row and column."""
 
     harmless: ClassVar[Keys] = (
@@ -68,19 +65,8 @@ class TextConfig(RotaryText):
     )  # for use_sliding_window alone
 
     model_type: Literal["qwen2_5_vl", "qwen2_5_vl_text"]
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)]
-    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 24)] = 32768
     rms_norm_eps: Epsilon = 1e-5
-    hidden_act: Literal["silu"] = "silu"
     mrope_section: Sections | None = None
-    tie_word_embeddings: bool | None = None
-    eos_token_id: StopIds | None = None
 
     @classmethod
     def prepared(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -100,24 +86,10 @@ class TextConfig(RotaryText):
         """Frequencies of each kind."""
         return self.mrope_section or (0, 0, 0)
 
-    @property
-    def attention(self) -> AttentionSizes:
-        """Heads; as many for keys and values as for queries where nothing is said."""
-        return AttentionSizes(
-            n_heads=self.num_attention_heads,
-            n_kv_heads=self.num_key_value_heads or self.num_attention_heads,
-            head_dim=self.head_dim or self.hidden_size // self.num_attention_heads,
-        )
-
     @model_validator(mode="after")
     def _agrees(self) -> TextConfig:
-        n_heads, sizes = self.num_attention_heads, self.attention
-        if self.head_dim is None and self.hidden_size % n_heads:
-            raise wrong("num_attention_heads", n_heads, "which does not divide hidden_size")
-        if n_heads % sizes.n_kv_heads:
-            raise wrong("num_key_value_heads", sizes.n_kv_heads, f"which does not divide {n_heads}")
-        if 2 * sum(self.sections) != sizes.head_dim:
-            half = f"a head has {sizes.head_dim / 2:g} frequencies"
+        if 2 * sum(self.sections) != self.attention.head_dim:
+            half = f"a head has {self.attention.head_dim / 2:g} frequencies"
             raise wrong("rope_scaling.mrope_section", self.mrope_section, half)
         return self
 
@@ -246,7 +218,7 @@ def read_settings(folder: Path) -> QwenSettings:
         raise CheckpointError(
             f"{path}: image_token_id is {config.image_token_id}, there are {text.vocab_size} ids"
         )
-    sizes = _text(text, _known_ids(folder, text.vocab_size))
+    sizes = text.settings(_known_ids(folder, text.vocab_size))
     return QwenSettings(
         image_processor=_image_processor(vision, *read_images(Preprocessor, folder)),
         stop_ids=read_stop_ids(folder, sizes.vocab_size, text),
@@ -296,17 +268,3 @@ def _known_ids(folder: Path, n_ids: int) -> int:
         ids += [token.get("id") for token in added if isinstance(token, Mapping)]
     # What is malformed is told where the tokenizer is read.
     return min(n_ids, max((n for n in ids if type(n) is int), default=n_ids) + 1)
-
-
-def _text(text: TextConfig, n_known: int) -> TextSettings:
-    return TextSettings(
-        n_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        attention=text.attention,
-        ffn_size=text.intermediate_size,
-        norm_eps=text.rms_norm_eps,
-        rope_theta=text.theta,
-        max_sequence_length=text.max_position_embeddings,
-        vocab_size=n_known,
-        additional_vocab_size=text.vocab_size - n_known,
-    )
