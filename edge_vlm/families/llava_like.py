@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from edge_vlm.errors import ImageError
 from edge_vlm.families.base import (
     Box,
     Float32,
@@ -33,7 +32,6 @@ from edge_vlm.families.sizes import Transformer, Vision, VisionWork
 if TYPE_CHECKING:
     from edge_vlm.families.base import Int32, Tokens
 
-MAX_SIDE = 65_535  # a JPEG's; what a resize takes grows with the longer side
 TOLERATED = 1.1  # how many times as long as allowed a side of the grid may be
 _CHANNELS = 128  # put together at a time: all of 36 tiles would be copied twice
 
@@ -110,19 +108,6 @@ class GridLayout(Layout):
     padding_hw: Size  # rows and columns left out in front of the kept ones
     kept_hw: Size
     grid_hw: Size
-
-
-def check_sides(width: int, height: int) -> None:
-    """Whether a picture can be resized in bounded memory.
-
-    Raises:
-        ImageError: one side is longer than 65,535 pixels.
-    """
-    if max(height, width) > MAX_SIDE:
-        raise ImageError(
-            f"the picture is {width}x{height} pixels: one side is longer than {MAX_SIDE};"
-            " make it smaller or crop it first"
-        )
 
 
 def plan_grid(

@@ -11,14 +11,30 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from edge_vlm.errors import ImageError
+
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # height, width
 
 _A = -0.5  # of the bicubic kernel
+MAX_SIDE = 65_535  # a JPEG's; what a resize takes grows with the longer side
 _LINES = 64  # computed at a time, of so many
 _BLOCK = 1 << 19  # values: small enough for a processor's cache
 _STRIP = 1 << 20  # pixels turned at a time
+
+
+def check_sides(width: int, height: int) -> None:
+    """Whether a picture can be resized in bounded memory.
+
+    Raises:
+        ImageError: one side is longer than 65,535 pixels.
+    """
+    if max(height, width) > MAX_SIDE:
+        raise ImageError(
+            f"the picture is {width}x{height} pixels: one side is longer than {MAX_SIDE};"
+            " make it smaller or crop it first"
+        )
 
 
 def is_reduced(size_hw: tuple[int, int], resized_hw: tuple[int, int], patch: int) -> bool:

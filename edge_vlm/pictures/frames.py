@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ class Folder:
         return found
 
 
-class _Regular:
+class _Regular(ABC):
     """A source that is asked for a frame every so many seconds."""
 
     def __init__(self, every: float) -> None:
@@ -180,10 +181,11 @@ class _Regular:
         finally:
             self._release()
 
+    @abstractmethod
     def _frame(self, pause: Pause) -> Frame:
-        raise NotImplementedError
+        """The next one."""
 
-    def _release(self) -> None:
+    def _release(self) -> None:  # noqa: B027 - most hold nothing
         """After the last frame."""
 
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm.errors import ImageError
 from edge_vlm.families.base import Box, Float32, Int32, Layout, Tiles, UInt8
-from edge_vlm.families.resample import is_reduced, resize_bicubic_8bit
+from edge_vlm.families.resample import check_sides, is_reduced, resize_bicubic_8bit
 
 if TYPE_CHECKING:
     from edge_vlm.families.internvl.processor import InternImageProcessor, InternTokens
 
-MAX_SIDE = 65_535  # a JPEG's; what a resize takes grows with the longer side
 _MARKERS = 2  # <img> and </img>
 _FILLED = 0.5  # of a larger grid's pixels, that a picture has more than
 
@@ -33,11 +31,7 @@ def plan_picture(width: int, height: int, processor: InternImageProcessor) -> La
     Raises:
         ImageError: one side is longer than 65,535 pixels.
     """
-    if max(height, width) > MAX_SIDE:
-        raise ImageError(
-            f"the picture is {width}x{height} pixels: one side is longer than {MAX_SIDE};"
-            " make it smaller or crop it first"
-        )
+    check_sides(width, height)
     return plan_tiling(width, height, processor)
 
 

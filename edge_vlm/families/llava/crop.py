@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from edge_vlm.families.base import Layout, Tiles, UInt8
-from edge_vlm.families.llava_like import PatchProcessor, Size, check_sides, tiles_of
-from edge_vlm.families.resample import is_reduced, resize_bicubic_part
+from edge_vlm.families.llava_like import PatchProcessor, Size, tiles_of
+from edge_vlm.families.resample import check_sides, is_reduced, resize_bicubic_part
 
 
 class Llava15ImageProcessor(PatchProcessor):

@@ -15,11 +15,11 @@ from edge_vlm.families.llava_like import (
     AnyresProcessor,
     GridLayout,
     Size,
-    check_sides,
     cut_grid,
     plan_grid,
     tiles_of,
 )
+from edge_vlm.families.resample import check_sides
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import Tiles, UInt8

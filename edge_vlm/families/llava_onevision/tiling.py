@@ -17,13 +17,12 @@ from edge_vlm.families.llava_like import (
     TOLERATED,
     GridLayout,
     Size,
-    check_sides,
     cut_grid,
     pack_grid,
     plan_grid,
     tiles_of,
 )
-from edge_vlm.families.resample import is_reduced, resize_bicubic
+from edge_vlm.families.resample import check_sides, is_reduced, resize_bicubic
 
 if TYPE_CHECKING:
     from edge_vlm.families.base import Float32, Tiles, UInt8

@@ -9,7 +9,7 @@ Source: SentencePiece (arXiv 1808.06226); "legacy" in transformers' tokenizer of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,7 +138,7 @@ def read_sentencepiece(folder: Path, n_ids: int, template: str) -> Tokenizer:
         merges=(),
         special=special,
         normalizer=None,
-        bos=_bos(folder, special),
+        bos=begin_token(folder, special),
         model="llama",
         pre="default",
         scores=tuple(
@@ -177,28 +177,54 @@ def _check_merges(merges: list[Any], pieces: Mapping[str, int], path: Path) -> N
     """They have to be all pairs that make a token, in the order of what they make."""
     pairs = set()
     last = 0
+    for index, pair in merged_pairs(merges, pieces, path):
+        made = pieces["".join(pair)]
+        if made < last:
+            raise CheckpointError(
+                f"{path}: model.merges[{index}] is {shorten(merges[index])}, out of the order of"
+                " the ids, which is llama.cpp's"
+            )
+        last = made
+        pairs.add(pair)
+    check_complete(pairs, pieces, pieces, path)
+
+
+def merged_pairs(
+    merges: list[Any], vocabulary: Container[str], path: Path
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Index and parts of each merge.
+
+    Raises:
+        CheckpointError: one does not make a token of two.
+    """
     for index, item in enumerate(merges):
         pair = item.split(" ") if isinstance(item, str) else item
         if (
             not isinstance(pair, list)
             or len(pair) != 2
-            or not all(isinstance(part, str) and part in pieces for part in pair)
-            or pair[0] + pair[1] not in pieces
+            or not all(isinstance(part, str) and part in vocabulary for part in pair)
+            or pair[0] + pair[1] not in vocabulary
         ):
             raise CheckpointError(
                 f"{path}: model.merges[{index}] is {shorten(item)}, expected two tokens"
                 " that together make a token"
             )
-        made = pieces[pair[0] + pair[1]]
-        if made < last:
-            raise CheckpointError(
-                f"{path}: model.merges[{index}] is {shorten(item)}, out of the order of the ids,"
-                " which is llama.cpp's"
-            )
-        last = made
-        pairs.add((pair[0], pair[1]))
-    for text in pieces:
-        for pair in _splits(text, pieces):
+        yield index, (pair[0], pair[1])
+
+
+def check_complete(
+    pairs: Container[tuple[str, str]],
+    texts: Iterable[str],
+    vocabulary: Container[str],
+    path: Path,
+) -> None:
+    """Whether ``pairs`` has all that llama.cpp would join to one of ``texts``.
+
+    Raises:
+        CheckpointError: it lacks one.
+    """
+    for text in texts:
+        for pair in _splits(text, vocabulary):
             if pair not in pairs:
                 raise CheckpointError(
                     f"{path}: model.merges lacks {shorten(list(pair))}, which llama.cpp would join"
@@ -214,7 +240,7 @@ def _check_unreachable(texts: Collection[str], pieces: Mapping[str, int], path: 
             )
 
 
-def _splits(text: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _splits(text: str, pieces: Container[str]) -> Iterator[tuple[str, str]]:
     """The two parts that llama.cpp would join to ``text``; any character may be one."""
     for place in range(1, len(text)):
         parts = text[:place], text[place:]
@@ -222,8 +248,8 @@ def _splits(text: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
             yield parts
 
 
-def _bos(folder: Path, special: Mapping[str, int]) -> int | None:
-    """The token in front of every prompt, as Llama's tokenizer has it unless told otherwise."""
+def begin_token(folder: Path, special: Mapping[str, int]) -> int | None:
+    """The token in front of every prompt, unless the settings leave it out."""
     path = folder / NAMES[0]
     if path.exists() and read_object(path).get("add_bos_token") is False:
         return None

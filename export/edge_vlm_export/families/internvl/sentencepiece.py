@@ -20,7 +20,6 @@ from edge_vlm.errors import CheckpointError
 from edge_vlm_export.checkpoint.config_file import (
     MAX_VOCABULARY,
     Off,
-    On,
     Part,
     check_is_itself,
     is_text,
@@ -28,20 +27,24 @@ from edge_vlm_export.checkpoint.config_file import (
     parse_part,
     read_object,
 )
+from edge_vlm_export.checkpoint.sentencepiece import (
+    BYTES,
+    ByteFallback,
+    begin_token,
+    check_complete,
+    merged_pairs,
+)
 from edge_vlm_export.checkpoint.tokenizer import (
     MAX_TOKEN_LENGTH,
     MAX_TOKENIZER_BYTES,
-    NAMES,
     TOKENIZER_NAME,
     AddedToken,
     Tokenizer,
     TokenType,
-    named_token,
 )
 
 MODEL_NAME = "tokenizer.model"
 _BPE = 2  # of TrainerSpec.model_type
-_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 @dataclass(frozen=True)
@@ -149,18 +152,10 @@ class Metaspace(Part):
     split: Off
 
 
-class ByteFallback(Part):
-    """Vocabulary and merges; their entries are checked one by one."""
+class Pieces(ByteFallback):
+    """Vocabulary and merges, perhaps without a token for what is unknown."""
 
-    type: Literal["BPE"]
-    dropout: None = None
-    unk_token: str | None = None
-    continuing_subword_prefix: Literal[""] | None = None
-    end_of_word_suffix: Literal[""] | None = None
-    byte_fallback: On
-    ignore_merges: Off = False
-    vocab: dict[Any, Any]
-    merges: Annotated[list[Any], Field(max_length=MAX_VOCABULARY)]
+    unk_token: str | None = None  # type: ignore[assignment]  # wider than there
 
 
 class SentencePieceFile(Part):
@@ -169,7 +164,7 @@ class SentencePieceFile(Part):
     normalizer: None = None
     pre_tokenizer: Metaspace
     added_tokens: Annotated[list[AddedToken], Field(max_length=MAX_VOCABULARY)]
-    model: ByteFallback
+    model: Pieces
 
 
 def read_file(folder: Path, n_ids: int) -> Tokenizer:
@@ -188,7 +183,7 @@ def read_file(folder: Path, n_ids: int) -> Tokenizer:
     scores = _scores(file.model.merges, vocab, special, path)
     pieces = {}
     for text, number in vocab.items():
-        kind = TokenType.BYTE if text in _BYTES else _kind(text, TokenType.NORMAL)
+        kind = TokenType.BYTE if text in BYTES else _kind(text, TokenType.NORMAL)
         kind = TokenType.UNKNOWN if text == file.model.unk_token else kind
         if number in pieces:
             raise CheckpointError(f"{path}: token {shorten(text)} shares id {number}")
@@ -203,33 +198,18 @@ def _scores(
     scores: dict[str, float] = {}
     pairs = set()
     last = None
-    for index, item in enumerate(merges):
-        pair = item.split(" ") if isinstance(item, str) else item
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(part, str) and part in vocab for part in pair)
-            or (made := pair[0] + pair[1]) not in vocab
-        ):
-            raise CheckpointError(
-                f"{path}: model.merges[{index}] is {shorten(item)}, expected two tokens"
-                " that together make a token"
-            )
+    for index, pair in merged_pairs(merges, vocab, path):
+        made = "".join(pair)
         if made in scores and made != last:
             raise CheckpointError(
                 f"{path}: model.merges[{index}] makes {shorten(made)} again, between others;"
                 " llama.cpp knows one place of it"
             )
         scores.setdefault(made, -float(index))
-        pairs.add((pair[0], pair[1]))
+        pairs.add(pair)
         last = made
-    for text in vocab.keys() - special:  # those the runtime keeps out of what a user typed
-        for place in range(1, len(text)):
-            parts = text[:place], text[place:]
-            if parts not in pairs and all(len(part) == 1 or part in vocab for part in parts):
-                raise CheckpointError(
-                    f"{path}: model.merges lacks {shorten(list(parts))}, which llama.cpp would join"
-                )
+    # Special ones the runtime keeps out of what a user typed.
+    check_complete(pairs, vocab.keys() - special, vocab, path)
     return scores
 
 
@@ -258,7 +238,7 @@ def _tokenizer(
         merges=(),
         special=special,
         normalizer=None,
-        bos=_bos(path.parent, special),
+        bos=begin_token(path.parent, special),
         model="llama",
         pre="default",
         scores=tuple(row.score for row in rows),
@@ -270,7 +250,7 @@ def _rows(path: Path, pieces: Mapping[int, Piece], n_ids: int) -> list[Piece]:
     if max(pieces, default=0) >= n_ids:
         raise CheckpointError(f"{path}: has id {max(pieces)}, config.json has {n_ids} ids")
     known = {piece.text for piece in pieces.values()}
-    lacking = [text for text in _BYTES if text not in known]
+    lacking = [text for text in BYTES if text not in known]
     if lacking:
         raise CheckpointError(f"{path}: lacks the token {lacking[0]}")
     for text in known:
@@ -284,11 +264,3 @@ def _rows(path: Path, pieces: Mapping[int, Piece], n_ids: int) -> list[Piece]:
     if len({row.text for row in named}) != n_ids:
         raise CheckpointError(f"{path}: two ids have the same token")
     return named
-
-
-def _bos(folder: Path, special: Mapping[str, int]) -> int | None:
-    """The token in front of every prompt, unless the settings leave it out."""
-    path = folder / NAMES[0]
-    if path.exists() and read_object(path).get("add_bos_token") is False:
-        return None
-    return named_token(folder, special, "bos_token")
