@@ -31,6 +31,8 @@ MAX_WORKERS = 4  # each imports all tests: more are not quicker
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 T = TypeVar("T")
 
+pytest.register_assert_rewrite("tests.export_helpers")  # its checks tell values, too
+
 # No deadlines: a busy machine, or the first import of a library, is not a fault.
 settings.register_profile("few", deadline=None)
 settings.register_profile("thorough", max_examples=1000, deadline=None)

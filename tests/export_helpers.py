@@ -20,6 +20,7 @@ from edge_vlm_export import export_checkpoint
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file, save_file
 
+from edge_vlm import Answer, EdgeVLM, MachineSettings
 from edge_vlm.errors import CheckpointError
 from tests.conftest import GOLDEN
 
@@ -150,3 +151,49 @@ def int8_products_saturate() -> bool:
     )
     feed = {"a": np.full((1, 64), 255, np.uint8), "b": np.full((64, 64), 127, np.int8)}
     return bool((session.run(None, feed)[0] != 64 * 255 * 127).any())
+
+
+def turn(text: str, *pictures: Path) -> dict[str, Any]:
+    """A user's message in OpenAI's form."""
+    shown = [{"type": "image_url", "image_url": {"url": str(path)}} for path in pictures]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+
+
+def check_caches(folder: Path, picture: Path, cache: Path, *, n_crops: int, restored: int) -> None:
+    """An answer is the same from memory, from disk in another process's place, and from neither.
+
+    The picture has ``n_crops``; more than ``restored`` tokens come from disk.
+    """
+    question = "Where is the circle: left or right?"
+    fresh = MachineSettings(threads=1, kv_type="f32", cache=None)
+    with EdgeVLM.load(folder, settings=fresh) as vlm:
+        expected = vlm.ask(picture, question, max_tokens=8)
+        again = vlm.ask(picture, question, max_tokens=8)
+        assert (expected.cached_crops, again.cached_crops) == (0, n_crops)
+        encoded = vlm.ask(vlm.encode(picture), question, max_tokens=8)
+        with vlm.chat(max_tokens=8) as chat:
+            said = chat.ask(picture, question)
+    found = [again, encoded, said]
+    kept = MachineSettings(threads=1, kv_type="f32", cache=str(cache))
+    for _ in range(2):
+        with EdgeVLM.load(folder, settings=kept) as vlm:
+            found.append(vlm.ask(picture, question, max_tokens=8))
+    assert {answer.token_ids for answer in found} == {expected.token_ids}
+    assert found[-1].restored_tokens > restored
+    assert found[-1].encoded_crops == 0
+
+
+def check_schema(vlm: EdgeVLM, picture: Path) -> None:
+    """An answer has the form of a schema."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    answer = vlm.ask(picture, "How many?", schema=schema, max_tokens=24)
+    assert isinstance(answer.parsed["n"], int)
+
+
+def check_choices(vlm: EdgeVLM, picture: Path) -> Answer:
+    """An answer is one of two choices, which have all the probability."""
+    chosen = vlm.ask(picture, "Left or right?", choices=["left", "right"])
+    assert chosen.answer in ("left", "right")
+    assert chosen.choices is not None
+    assert sum(chosen.choices.values()) == pytest.approx(1)
+    return chosen

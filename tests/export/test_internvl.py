@@ -26,6 +26,7 @@ from edge_vlm.prompt.messages import parse_messages
 from tests.answering.test_pipeline import conversation_of
 from tests.conftest import GoldenCase, Run, assert_one_line, load_golden
 from tests.export.test_vision import TAPS, relative, tapped
+from tests.export_helpers import check_caches, check_schema, turn
 
 pytestmark = pytest.mark.engine  # it exports models
 
@@ -205,24 +206,7 @@ def test_the_original_layout_answers(load: Load) -> None:
 
 
 def test_answers_from_caches_are_the_same(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    """From memory, from disk in another process's place, and from neither."""
-    folder, question = bundle(NAME), "Where is the circle: left or right?"
-    fresh = MachineSettings(threads=1, kv_type="f32", cache=None)
-    with EdgeVLM.load(folder, settings=fresh) as vlm:
-        expected = vlm.ask(COLUMN, question, max_tokens=8)
-        again = vlm.ask(COLUMN, question, max_tokens=8)
-        assert (expected.cached_crops, again.cached_crops) == (0, 5)
-        encoded = vlm.ask(vlm.encode(COLUMN), question, max_tokens=8)
-        with vlm.chat(max_tokens=8) as chat:
-            said = chat.ask(COLUMN, question)
-    found = [again, encoded, said]
-    kept = MachineSettings(threads=1, kv_type="f32", cache=str(tmp_path))
-    for _ in range(2):
-        with EdgeVLM.load(folder, settings=kept) as vlm:
-            found.append(vlm.ask(COLUMN, question, max_tokens=8))
-    assert {answer.token_ids for answer in found} == {expected.token_ids}
-    assert found[-1].restored_tokens > 1282
-    assert found[-1].encoded_crops == 0
+    check_caches(bundle(NAME), COLUMN, tmp_path, n_crops=5, restored=1282)
 
 
 def test_two_turns_and_a_second_picture(load: Load) -> None:
@@ -236,10 +220,6 @@ def test_two_turns_and_a_second_picture(load: Load) -> None:
         assert third.cached_tokens > second.cached_tokens
         messages = [message.text for message in chat.messages]
     said = [text for index, text in enumerate(messages) if index % 2]
-
-    def turn(text: str, *pictures: Path) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": str(path)}} for path in pictures]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
     whole = [
         turn("What is this?", BADGE),
@@ -269,9 +249,7 @@ def test_typed_special_tokens_stay_text(load: Load) -> None:
 
 def test_structured_answers_and_fewer_tiles(load: Load) -> None:
     vlm = load()
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    answer = vlm.ask(BADGE, "How many?", schema=schema, max_tokens=24)
-    assert isinstance(answer.parsed["n"], int)
+    check_schema(vlm, BADGE)
     few = vlm.ask(SQUARE, "What?", max_tiles=2, max_tokens=1)
     assert (few.images[0].crops, few.image_tokens) == (1, 258)
 

@@ -26,6 +26,7 @@ from edge_vlm.prompt.messages import parse_messages
 from tests.answering.test_pipeline import conversation_of
 from tests.conftest import GoldenCase, Run, load_golden
 from tests.export.test_vision import TAPS, relative, tapped
+from tests.export_helpers import check_caches, check_choices, check_schema
 
 pytestmark = pytest.mark.engine  # it exports models
 
@@ -185,25 +186,9 @@ def test_greedy_answers_equal_the_published_ones(case: GoldenCase, load: Load) -
 def test_answers_from_caches_are_the_same(
     name: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """From memory, from disk in another process's place, and from neither."""
-    folder, badge, question = bundle(name), BADGE[name], "Where is the circle: left or right?"
-    fresh = MachineSettings(threads=1, kv_type="f32", cache=None)
-    with EdgeVLM.load(folder, settings=fresh) as vlm:
-        expected = vlm.ask(badge, question, max_tokens=8)
-        again = vlm.ask(badge, question, max_tokens=8)
-        n_crops = expected.images[0].crops
-        assert (expected.cached_crops, again.cached_crops) == (0, n_crops)
-        encoded = vlm.ask(vlm.encode(badge), question, max_tokens=8)
-        with vlm.chat(max_tokens=8) as chat:
-            said = chat.ask(badge, question)
-    found = [again, encoded, said]
-    kept = MachineSettings(threads=1, kv_type="f32", cache=str(tmp_path))
-    for _ in range(2):
-        with EdgeVLM.load(folder, settings=kept) as vlm:
-            found.append(vlm.ask(badge, question, max_tokens=8))
-    assert {answer.token_ids for answer in found} == {expected.token_ids}
-    assert found[-1].restored_tokens > N_TOKENS[name]
-    assert found[-1].encoded_crops == 0
+    (badge,) = MODELS[name].cases["image_badge"].data["per_image"]
+    n_crops, restored = badge["n_crops"], N_TOKENS[name]
+    check_caches(bundle(name), BADGE[name], tmp_path, n_crops=n_crops, restored=restored)
 
 
 @each
@@ -276,12 +261,8 @@ def test_text_that_spells_a_special_token_stays_text(name: str, load: Load) -> N
 @each
 def test_structured_answers(name: str, load: Load) -> None:
     vlm = load(name)
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    answer = vlm.ask(BADGE[name], "How many?", schema=schema, max_tokens=24)
-    assert isinstance(answer.parsed["n"], int)
-    chosen = vlm.ask(BADGE[name], "Left or right?", choices=["left", "right"])
-    assert chosen.answer in ("left", "right")
-    assert sum(chosen.choices.values()) == pytest.approx(1)
+    check_schema(vlm, BADGE[name])
+    chosen = check_choices(vlm, BADGE[name])
     # The ids of a choice are those of the text, with one space in front.
     text = b"".join(map(vlm.engine.decoder.piece, chosen.token_ids)).decode()
     assert text == f" {chosen.answer}"

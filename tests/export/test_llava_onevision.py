@@ -24,6 +24,7 @@ from edge_vlm.prompt.messages import parse_messages
 from tests.answering.test_pipeline import conversation_of
 from tests.conftest import GoldenCase, Run, load_golden
 from tests.export.test_vision import TAPS, relative, tapped
+from tests.export_helpers import check_caches, check_choices, check_schema
 
 pytestmark = pytest.mark.engine  # it exports models
 
@@ -156,24 +157,7 @@ def test_greedy_answers_equal_the_published_ones(case: GoldenCase, load: Load) -
 
 
 def test_answers_from_caches_are_the_same(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    """From memory, from disk in another process's place, and from neither."""
-    folder, question = bundle(NAME), "Where is the circle: left or right?"
-    fresh = MachineSettings(threads=1, kv_type="f32", cache=None)
-    with EdgeVLM.load(folder, settings=fresh) as vlm:
-        expected = vlm.ask(BADGE, question, max_tokens=8)
-        again = vlm.ask(BADGE, question, max_tokens=8)
-        assert (expected.cached_crops, again.cached_crops) == (0, 2)
-        encoded = vlm.ask(vlm.encode(BADGE), question, max_tokens=8)
-        with vlm.chat(max_tokens=8) as chat:
-            said = chat.ask(BADGE, question)
-    found = [again, encoded, said]
-    kept = MachineSettings(threads=1, kv_type="f32", cache=str(tmp_path))
-    for _ in range(2):
-        with EdgeVLM.load(folder, settings=kept) as vlm:
-            found.append(vlm.ask(BADGE, question, max_tokens=8))
-    assert {answer.token_ids for answer in found} == {expected.token_ids}
-    assert found[-1].restored_tokens > 1317
-    assert found[-1].encoded_crops == 0
+    check_caches(bundle(NAME), BADGE, tmp_path, n_crops=2, restored=1317)
 
 
 def test_a_follow_up_costs_only_what_is_new(load: Load) -> None:
@@ -264,12 +248,8 @@ def test_an_encoded_picture_is_for_a_conversation_of_its_own(
 
 def test_structured_answers(load: Load) -> None:
     vlm = load()
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    answer = vlm.ask(BADGE, "How many?", schema=schema, max_tokens=24)
-    assert isinstance(answer.parsed["n"], int)
-    chosen = vlm.ask(BADGE, "Left or right?", choices=["left", "right"])
-    assert chosen.answer in ("left", "right")
-    assert sum(chosen.choices.values()) == pytest.approx(1)
+    check_schema(vlm, BADGE)
+    check_choices(vlm, BADGE)
 
 
 def test_fewer_tiles(load: Load) -> None:

@@ -29,6 +29,7 @@ from edge_vlm.prompt.messages import parse_messages
 from tests.answering.test_pipeline import conversation_of
 from tests.conftest import GoldenCase, Run, load_golden
 from tests.export.test_vision import TAPS, relative, tapped
+from tests.export_helpers import check_caches, check_choices, check_schema, turn
 
 pytestmark = pytest.mark.engine  # it exports models
 
@@ -159,24 +160,7 @@ def test_greedy_answers_equal_the_published_ones(case: GoldenCase, load: Load) -
 
 
 def test_answers_from_caches_are_the_same(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    """From memory, from disk in another process's place, and from neither."""
-    folder, question = bundle(NAME), "Where is the circle: left or right?"
-    fresh = MachineSettings(threads=1, kv_type="f32", cache=None)
-    with EdgeVLM.load(folder, settings=fresh) as vlm:
-        expected = vlm.ask(PAGE, question, max_tokens=8)
-        again = vlm.ask(PAGE, question, max_tokens=8)
-        assert (expected.cached_crops, again.cached_crops) == (0, 1)
-        encoded = vlm.ask(vlm.encode(PAGE), question, max_tokens=8)
-        with vlm.chat(max_tokens=8) as chat:
-            said = chat.ask(PAGE, question)
-    found = [again, encoded, said]
-    kept = MachineSettings(threads=1, kv_type="f32", cache=str(tmp_path))
-    for _ in range(2):
-        with EdgeVLM.load(folder, settings=kept) as vlm:
-            found.append(vlm.ask(PAGE, question, max_tokens=8))
-    assert {answer.token_ids for answer in found} == {expected.token_ids}
-    assert found[-1].restored_tokens > 391
-    assert found[-1].encoded_crops == 0
+    check_caches(bundle(NAME), PAGE, tmp_path, n_crops=1, restored=391)
 
 
 def test_other_sizes_are_other_pictures(load: Load) -> None:
@@ -201,16 +185,12 @@ def test_a_follow_up_costs_only_what_is_new(load: Load) -> None:
         assert third.cached_tokens > second.prompt_tokens
         said = [m.text for m in chat.messages if m.role == "assistant"]
 
-    def user(text: str, *pictures: Path) -> dict[str, Any]:
-        shown = [{"type": "image_url", "image_url": {"url": str(path)}} for path in pictures]
-        return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
-
     whole = [
-        user("What is shown here?", PAGE),
+        turn("What is shown here?", PAGE),
         {"role": "assistant", "content": said[0]},
-        user("And what else?", BADGE),
+        turn("And what else?", BADGE),
         {"role": "assistant", "content": said[1]},
-        user("Which is larger?"),
+        turn("Which is larger?"),
     ]
     assert vlm.ask(messages=whole[:3], max_tokens=4).token_ids == second.token_ids
     assert vlm.ask(messages=whole, max_tokens=4).token_ids == third.token_ids
@@ -230,11 +210,8 @@ def test_special_text_of_a_user_stays_text(load: Load) -> None:
 
 def test_structured_answers(load: Load) -> None:
     vlm = load()
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    answer = vlm.ask(BADGE, "How many?", schema=schema, max_tokens=24)
-    assert isinstance(answer.parsed["n"], int)
-    chosen = vlm.ask(BADGE, "Left or right?", choices=["left", "right"])
-    assert sum(chosen.choices.values()) == pytest.approx(1)
+    check_schema(vlm, BADGE)
+    check_choices(vlm, BADGE)
 
 
 def test_ids_without_a_token_are_never_generated(load: Load) -> None:
