@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_vlm_export.families.attention_2d import PLACES, in_parts, rotated
+from edge_vlm_export.families.any_size import PLACES, GatedBlock, in_parts, rotated
 from edge_vlm_export.graph.architecture import (
     CROPS,
     AttentionSizes,
@@ -108,38 +108,27 @@ class _Builder:
         return stage, {EMBEDDING: kernel}
 
     def block(self, index: int) -> tuple[Stage, dict[str, Linear]]:
-        """x += out(attention(norm1 x)), x += down(act(gate y) * up y) of y = norm2 x."""
+        """See ``GatedBlock``."""
         vision = self.config.vision_config
         hidden, ffn = vision.hidden_size, vision.intermediate_size
-        name, stored = f"layers.{index}.", _stored(index)
-        qkv, out, gate, up, down = (
-            name + part for part in ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
-        )
+        stored = _stored(index)
         parts = tuple(f"{stored}.attention.{part}_proj.weight" for part in "qkv")
         forward = f"{stored}.feed_forward"
-        linears = {
-            qkv: Linear(3 * hidden, hidden, parts),
-            out: self._last(hidden, f"{stored}.attention.o_proj"),
-            gate: Linear(ffn, hidden, (f"{forward}.gate_proj.weight",)),
-            up: Linear(ffn, hidden, (f"{forward}.up_proj.weight",)),
-            down: self._last(ffn, f"{forward}.down_proj"),
-        }
-        moves = (
-            Move(f"{name}norm1", (qkv,), hidden),
-            Move(qkv, (out,), 3 * hidden, (2 * hidden, None)),
-            Move(f"{name}norm2", (gate, up), hidden),
-            Move(up, (down,), ffn),
-        )
-        stage = Stage(
-            f"layers.{index}",
-            (_output(index - 1), PLACES),
-            _output(index),
-            self.shape,
-            tuple(linears),
-            partial(self._add_block, index=index),
-            moves,
-        )
-        return stage, linears
+        return GatedBlock(
+            index=index,
+            reads=(_output(index - 1), PLACES),
+            output=_output(index),
+            shape=self.shape,
+            qkv=Linear(3 * hidden, hidden, parts),
+            out=self._last(hidden, f"{stored}.attention.o_proj"),
+            gate=Linear(ffn, hidden, (f"{forward}.gate_proj.weight",)),
+            up=Linear(ffn, hidden, (f"{forward}.up_proj.weight",)),
+            down=self._last(ffn, f"{forward}.down_proj"),
+            norms=(f"{stored}.attention_norm", f"{stored}.ffn_norm"),
+            eps=EPS,
+            activation=vision.hidden_act,
+            attention=self._attention,
+        ).piece()
 
     def projector(self) -> tuple[Stage, dict[str, Linear]]:
         """linear_2(gelu(linear_1 x))."""
@@ -176,19 +165,6 @@ class _Builder:
         vision = self.config.vision_config
         found = Linear(vision.hidden_size, n_in, (f"{tensor}.weight",))
         return replace(found, n_added=2 * vision.num_hidden_layers)
-
-    def _add_block(self, layers: Layers, index: int) -> str:
-        g, name, stored = layers.graph, f"layers.{index}", _stored(index)
-        kind = self.config.vision_config.hidden_act
-        x = _output(index - 1)
-        h = layers.rms_norm(f"{name}.norm1", x, f"{stored}.attention_norm", EPS)
-        h = self._attention(layers, f"{name}.attn", h)
-        x = g.op("Add", f"{name}.attn.residual", x, layers.linear(f"{name}.attn.out", h))
-        h = layers.rms_norm(f"{name}.norm2", x, f"{stored}.ffn_norm", EPS)
-        gate = layers.linear(f"{name}.mlp.gate", h)
-        gate = layers.activation(f"{name}.mlp.{kind}", gate, kind)
-        h = g.op("Mul", f"{name}.mlp.gated", gate, layers.linear(f"{name}.mlp.up", h))
-        return g.op("Add", _output(index), x, layers.linear(f"{name}.mlp.down", h))
 
     def _attention(self, layers: Layers, name: str, x: str) -> str:
         """(1, n_patches, hidden_size), before the last product."""

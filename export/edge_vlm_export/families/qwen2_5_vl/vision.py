@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from edge_vlm_export.families.attention_2d import PLACES, in_parts, rotated
+from edge_vlm_export.families.any_size import PLACES, GatedBlock, in_parts, rotated
 from edge_vlm_export.families.vit import linear
 from edge_vlm_export.graph.architecture import (
     CROPS,
@@ -123,35 +123,25 @@ class _Builder:
         return stage, {EMBEDDING: kernel}
 
     def block(self, index: int) -> tuple[Stage, dict[str, Linear]]:
-        """x += out(attention(norm1 x)), x += down(silu(gate y) * up y) of y = norm2 x."""
+        """See ``GatedBlock``."""
         hidden, ffn = self.vision.hidden_size, self.vision.intermediate_size
-        name, stored = f"layers.{index}.", f"{VISION}blocks.{index}."
-        qkv, out, gate, up, down = (
-            name + part for part in ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
-        )
-        linears = {
-            qkv: linear(3 * hidden, hidden, f"{stored}attn.qkv"),
-            out: self._last(hidden, f"{stored}attn.proj"),
-            gate: linear(ffn, hidden, f"{stored}mlp.gate_proj"),
-            up: linear(ffn, hidden, f"{stored}mlp.up_proj"),
-            down: self._last(ffn, f"{stored}mlp.down_proj"),
-        }
-        moves = (
-            Move(f"{name}norm1", (qkv,), hidden),
-            Move(qkv, (out,), 3 * hidden, (2 * hidden, None)),
-            Move(f"{name}norm2", (gate, up), hidden),
-            Move(up, (down,), ffn),
-        )
-        stage = Stage(
-            f"layers.{index}",
-            (_output(index - 1), *ARRANGEMENT),
-            _output(index),
-            self.shape,
-            tuple(linears),
-            partial(self._add_block, index=index),
-            moves,
-        )
-        return stage, linears
+        stored = f"{VISION}blocks.{index}"
+        is_full = index in self.vision.fullatt_block_indexes
+        return GatedBlock(
+            index=index,
+            reads=(_output(index - 1), *ARRANGEMENT),
+            output=_output(index),
+            shape=self.shape,
+            qkv=linear(3 * hidden, hidden, f"{stored}.attn.qkv"),
+            out=self._last(hidden, f"{stored}.attn.proj"),
+            gate=linear(ffn, hidden, f"{stored}.mlp.gate_proj"),
+            up=linear(ffn, hidden, f"{stored}.mlp.up_proj"),
+            down=self._last(ffn, f"{stored}.mlp.down_proj"),
+            norms=(f"{stored}.norm1", f"{stored}.norm2"),
+            eps=EPS,
+            activation="silu",
+            attention=partial(self._attention, is_full=is_full),
+        ).piece()
 
     def merger(self) -> tuple[Stage, dict[str, Linear]]:
         """mlp.2(gelu(mlp.0 x)) of the patches of a block side by side, each of them normed."""
@@ -188,19 +178,7 @@ class _Builder:
         found = linear(self.vision.hidden_size, n_in, tensor)
         return Linear(found.n_out, n_in, found.weights, found.biases, n_added=2 * self.vision.depth)
 
-    def _add_block(self, layers: Layers, index: int) -> str:
-        g, name, stored = layers.graph, f"layers.{index}", f"{VISION}blocks.{index}"
-        x = _output(index - 1)
-        h = layers.rms_norm(f"{name}.norm1", x, f"{stored}.norm1", EPS)
-        h = self._attention(layers, f"{name}.attn", h, index in self.vision.fullatt_block_indexes)
-        x = g.op("Add", f"{name}.attn.residual", x, layers.linear(f"{name}.attn.out", h))
-        h = layers.rms_norm(f"{name}.norm2", x, f"{stored}.norm2", EPS)
-        gate = layers.linear(f"{name}.mlp.gate", h)
-        gate = layers.activation(f"{name}.mlp.silu", gate, "silu")
-        h = g.op("Mul", f"{name}.mlp.gated", gate, layers.linear(f"{name}.mlp.up", h))
-        return g.op("Add", _output(index), x, layers.linear(f"{name}.mlp.down", h))
-
-    def _attention(self, layers: Layers, name: str, x: str, is_full: bool) -> str:
+    def _attention(self, layers: Layers, name: str, x: str, *, is_full: bool) -> str:
         """(1, n_patches, hidden_size), before the last product."""
         q, k, v = layers.linear.parts(f"{name}.qkv", x, [f"{name}.{part}" for part in "qkv"])
         q, k = (rotated(layers, part, self.heads, self.frequencies) for part in (q, k))

@@ -1,4 +1,4 @@
-"""Attention of towers for pictures of any size: rotary positions of row and column.
+"""Blocks of towers for pictures of any size: rotary positions of row and column, gated products.
 
 The graph is told each patch's row and column, ``places`` int64 (1, n_patches, 2). Half of a head's
 frequencies turn by the row, the other half by the column.
@@ -6,16 +6,75 @@ frequencies turn by the row, the other half by the column.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from edge_vlm_export.graph.architecture import Linear, Move, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edge_vlm_export.graph.architecture import AttentionSizes
+    from edge_vlm_export.graph.architecture import Activation, AttentionSizes, Axes
     from edge_vlm_export.graph.layers import Layers
 
 PLACES = "places"
+
+
+@dataclass(frozen=True)
+class GatedBlock:
+    """x += out(attention(norm1 x)), x += down(activation(gate y) * up y) of y = norm2 x.
+
+    ``attention`` adds what is between the products qkv and out to a graph; it is given the layers,
+    a name to begin with and the normed x.
+    """
+
+    index: int
+    reads: tuple[str, ...]  # x, and what attention needs besides
+    output: str
+    shape: Axes  # of x
+    qkv: Linear
+    out: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    norms: tuple[str, str]  # RMSNorms in the checkpoint, without .weight
+    eps: float
+    activation: Activation
+    attention: Callable[[Layers, str, str], str]
+
+    @property
+    def name(self) -> str:
+        """In front of those of its parts."""
+        return f"layers.{self.index}"
+
+    def piece(self) -> tuple[Stage, dict[str, Linear]]:
+        """With its products."""
+        name, hidden, ffn = self.name, self.out.n_out, self.down.n_in
+        qkv, out, gate, up, down = (
+            f"{name}.{part}" for part in ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+        )
+        linears = {qkv: self.qkv, out: self.out, gate: self.gate, up: self.up, down: self.down}
+        moves = (
+            Move(f"{name}.norm1", (qkv,), hidden),
+            Move(qkv, (out,), 3 * hidden, (2 * hidden, None)),
+            Move(f"{name}.norm2", (gate, up), hidden),
+            Move(up, (down,), ffn),
+        )
+        stage = Stage(name, self.reads, self.output, self.shape, tuple(linears), self._add, moves)
+        return stage, linears
+
+    def _add(self, layers: Layers) -> str:
+        g, name, x, kind = layers.graph, self.name, self.reads[0], self.activation
+        h = layers.rms_norm(f"{name}.norm1", x, self.norms[0], self.eps)
+        h = self.attention(layers, f"{name}.attn", h)
+        x = g.op("Add", f"{name}.attn.residual", x, layers.linear(f"{name}.attn.out", h))
+        h = layers.rms_norm(f"{name}.norm2", x, self.norms[1], self.eps)
+        gate = layers.linear(f"{name}.mlp.gate", h)
+        gate = layers.activation(f"{name}.mlp.{kind}", gate, kind)
+        h = g.op("Mul", f"{name}.mlp.gated", gate, layers.linear(f"{name}.mlp.up", h))
+        return g.op("Add", self.output, x, layers.linear(f"{name}.mlp.down", h))
 
 
 def rotated(
