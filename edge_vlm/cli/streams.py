@@ -33,7 +33,7 @@ def prepare() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free: this number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - to the end
         if hasattr(stream := getattr(sys, name), "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
 

@@ -17,10 +17,8 @@ from edge_vlm.errors import ImageError, label
 from edge_vlm.machine.folders import user_path
 
 HINT = "pictures come first, the question last, in quotes; -- goes before one that begins with -"
-_SUFFIXES = (
-    "png jpg jpeg jfif jpe webp bmp gif tif tiff avif heic heif jxl svg pdf".split()  # noqa: SIM905
-)
-_PICTURE = re.compile(rf"[^\n]+\.({'|'.join(_SUFFIXES)})(#\S*)?", re.IGNORECASE)
+_SUFFIX = "png|jpg|jpeg|jfif|jpe|webp|bmp|gif|tif|tiff|avif|heic|heif|jxl|svg|pdf"
+_PICTURE = re.compile(rf"[^\n]+\.({_SUFFIX})(#\S*)?", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"data:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # what reads pictures judges
 _MAX_NAMES = 10_000  # of a folder, to look for one that is near
 

@@ -31,14 +31,14 @@ from edge_vlm_export.families.settings_files import (
 if TYPE_CHECKING:
     from edge_vlm_export.families.llama_like import TextSettings
 
-IMAGE_TOKEN = "<IMG_CONTEXT>"  # noqa: S105
+IMAGE_TOKEN = "<IMG_CONTEXT>"
 END_OF_TURN = "<|im_end|>"
 # By the name in config.json: the system message of conversation.py. It reads: "You are InternVL,
 # a multimodal large language model developed by Shanghai AI Laboratory, Tsinghua University and
 # partners".
 SYSTEM_MESSAGES = {
     "internvl2_5": (
-        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"  # noqa: RUF001
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"  # noqa: RUF001 - its comma
         "多模态大语言模型。"
     )
 }

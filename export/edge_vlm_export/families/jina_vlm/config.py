@@ -42,7 +42,7 @@ from edge_vlm_export.families.settings_files import (
 )
 from edge_vlm_export.graph.architecture import AttentionSizes
 
-IMAGE_PROMPT_TOKEN = "<|image|>"  # noqa: S105 - a token of the vocabulary, no password
+IMAGE_PROMPT_TOKEN = "<|image|>"
 _OF_OTHER_LAYERS = ("ratio", "lnorm_config")  # of layers without a size or with an inner norm
 
 

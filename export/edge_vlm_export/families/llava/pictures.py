@@ -73,7 +73,7 @@ class Processor(Known):
 
     harmless: ClassVar[Keys] = PROCESSOR_KEYS
 
-    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105
+    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"
     patch_size: Size | None = None
     num_additional_image_tokens: Literal[1] = 1  # of the class token
     vision_feature_select_strategy: Literal["default"] = "default"

@@ -174,7 +174,7 @@ class Processor(Known):
 
     harmless: ClassVar[Keys] = ("video_token", *PROCESSOR_KEYS)
 
-    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"  # noqa: S105
+    image_token: Annotated[str, Field(min_length=1, max_length=200)] = "<image>"
     num_image_tokens: Size | None = None
     vision_feature_select_strategy: Literal["full"] = "full"
     vision_aspect_ratio: AspectRatio | None = None

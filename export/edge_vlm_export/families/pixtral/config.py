@@ -185,9 +185,9 @@ class Processor(Known):
 
     patch_size: Side = 16
     spatial_merge_size: Literal[1] = 1
-    image_token: Special = "[IMG]"  # noqa: S105
-    image_break_token: Special = "[IMG_BREAK]"  # noqa: S105
-    image_end_token: Special = "[IMG_END]"  # noqa: S105
+    image_token: Special = "[IMG]"
+    image_break_token: Special = "[IMG_BREAK]"
+    image_end_token: Special = "[IMG_END]"
 
 
 @dataclass(frozen=True)
