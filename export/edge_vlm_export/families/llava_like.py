@@ -6,9 +6,11 @@ without a class token and before ``post_layernorm``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_vlm.errors import CheckpointError
+from edge_vlm.families.sizes import Vision
+from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
 from edge_vlm_export.checkpoint.tokenizer import TokenType
 from edge_vlm_export.families.vit import BlockTensors, Vit, block_output, linear
 from edge_vlm_export.graph.architecture import Linear, Move, Stage
@@ -82,6 +84,27 @@ def projector(vit: Vit, n_used: int, width: int) -> tuple[Stage, dict[str, Linea
         (Move(PROJECTOR, (first,)),),
     )
     return stage, {first: linear(width, hidden, first), second: linear(width, width, second)}
+
+
+def mlp_sizes(settings: Any, n_layers: int, precision: str) -> Vision:
+    """The manifest's part about a tower of transformers and two products behind it."""
+    vision, width = settings.config.vision_config, settings.text.hidden_size
+    return Vision(
+        precision=precision,
+        n_layers=n_layers,
+        hidden_size=vision.hidden_size,
+        output_size=width,
+        n_heads=vision.num_attention_heads,
+        ffn_size=vision.intermediate_size,
+        feature_size=vision.hidden_size,
+        projector_size=width,
+    )
+
+
+def newline_marker(tensors: Checkpoint) -> Values:
+    """The vector behind each row of a grid, as ``Family.markers`` has it."""
+    newline = tensors.values(NEWLINE)
+    return Values((1, *newline.shape), lambda: iter([newline.read()[None]]))
 
 
 def check_image_token(tokenizer: Tokenizer, text: str, token: int, config_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edge_vlm.families.base import Prompt, SentencePiecePrompt, Tokens
-from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.sentencepiece import read_sentencepiece
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer
 from edge_vlm_export.families.base import Family
@@ -19,6 +18,7 @@ from edge_vlm_export.families.llava_like import (
     VISION,
     check_image_token,
     hugging_face_block,
+    mlp_sizes,
     projector,
     rename,
 )
@@ -28,6 +28,7 @@ from edge_vlm_export.graph.architecture import AttentionSizes, Tower
 
 if TYPE_CHECKING:
     from edge_vlm.families.llava_like import PatchProcessor
+    from edge_vlm.families.sizes import Vision
     from edge_vlm_export.families.llava.settings import ClipLlamaConfig
 
 
@@ -69,17 +70,7 @@ class ClipLlama(Family):
 
     def vision_sizes(self, settings: Any, precision: str) -> Vision:
         """Of the blocks that are used."""
-        vision, width = settings.config.vision_config, settings.text.hidden_size
-        return Vision(
-            precision=precision,
-            n_layers=settings.config.used_layers,
-            hidden_size=vision.hidden_size,
-            output_size=width,
-            n_heads=vision.num_attention_heads,
-            ffn_size=vision.intermediate_size,
-            feature_size=vision.hidden_size,
-            projector_size=width,
-        )
+        return mlp_sizes(settings, settings.config.used_layers, precision)
 
     def tokens(self, settings: Any, tokenizer: Tokenizer) -> Tokens:
         """The picture's, and the others'."""

@@ -10,7 +10,6 @@ from pydantic import Field
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.llava.tiles import LlavaNextImageProcessor
 from edge_vlm_export.checkpoint.config_file import On, Pair, read_part
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
 from edge_vlm_export.families.base import Settings
 from edge_vlm_export.families.llava.family import ClipLlama
 from edge_vlm_export.families.llava.pictures import (
@@ -19,12 +18,13 @@ from edge_vlm_export.families.llava.pictures import (
     read_processor,
 )
 from edge_vlm_export.families.llava.settings import ClipLlamaConfig, stop_ids
-from edge_vlm_export.families.llava_like import NEWLINE
+from edge_vlm_export.families.llava_like import NEWLINE, newline_marker
 from edge_vlm_export.families.settings_files import read_chat_template, read_images
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
     from edge_vlm_export.checkpoint.tokenizer import Tokenizer
     from edge_vlm_export.families.llama_like import TextSettings
 
@@ -92,8 +92,7 @@ class LlavaNext(ClipLlama):
         self, settings: LlavaNextSettings, tokenizer: Tokenizer, tensors: Checkpoint
     ) -> Values:
         """The vector behind each row, which is no token's."""
-        newline = tensors.values(NEWLINE)
-        return Values((1, *newline.shape), lambda: iter([newline.read()[None]]))
+        return newline_marker(tensors)
 
 
 def _grids(

@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_vlm.families.base import Prompt, Tokens
-from edge_vlm.families.sizes import Vision
-from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, read_byte_level
 from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
-from edge_vlm_export.families.llava_like import NEWLINE, TEXT, check_image_token, rename
+from edge_vlm_export.families.llava_like import (
+    TEXT,
+    check_image_token,
+    mlp_sizes,
+    newline_marker,
+    rename,
+)
 from edge_vlm_export.families.llava_onevision.config import OneVisionSettings, read_settings
 from edge_vlm_export.families.llava_onevision.vision import vision_tower
 from edge_vlm_export.families.settings_files import SETTINGS_FILES
 
 if TYPE_CHECKING:
+    from edge_vlm.families.sizes import Vision
+    from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
     from edge_vlm_export.graph.architecture import Tower
 
 
@@ -54,8 +60,7 @@ class LlavaOneVision(Family):
         self, settings: OneVisionSettings, tokenizer: Tokenizer, tensors: Checkpoint
     ) -> Values:
         """The vector behind each row, which is no token's."""
-        newline = tensors.values(NEWLINE)
-        return Values((1, *newline.shape), lambda: iter([newline.read()[None]]))
+        return newline_marker(tensors)
 
     def read_tokenizer(self, folder: Path, settings: OneVisionSettings) -> Tokenizer:
         """Qwen2's; nothing is put in front of a prompt."""
@@ -66,17 +71,7 @@ class LlavaOneVision(Family):
 
     def vision_sizes(self, settings: OneVisionSettings, precision: str) -> Vision:
         """Of the blocks that are used."""
-        vision, width = settings.config.vision_config, settings.text.hidden_size
-        return Vision(
-            precision=precision,
-            n_layers=settings.config.used_layers,
-            hidden_size=vision.hidden_size,
-            output_size=width,
-            n_heads=vision.num_attention_heads,
-            ffn_size=vision.intermediate_size,
-            feature_size=vision.hidden_size,
-            projector_size=width,
-        )
+        return mlp_sizes(settings, settings.config.used_layers, precision)
 
     def tokens(self, settings: OneVisionSettings, tokenizer: Tokenizer) -> Tokens:
         """The picture's, and the others'."""

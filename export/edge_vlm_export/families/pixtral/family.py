@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from edge_vlm.errors import CheckpointError
 from edge_vlm.families.pixtral.prompt import PixtralPrompt, PixtralTokens
 from edge_vlm.families.resample import resize_bicubic
-from edge_vlm.families.sizes import Vision
 from edge_vlm_export.checkpoint.config_file import check_same
 from edge_vlm_export.checkpoint.tokenizer import NAMES, Tokenizer, named_token, read_byte_level
 from edge_vlm_export.families.base import Family
 from edge_vlm_export.families.llama_like import LlamaLike, usual_layer
+from edge_vlm_export.families.llava_like import mlp_sizes
 from edge_vlm_export.families.pixtral.config import PixtralSettings, read_settings
 from edge_vlm_export.families.pixtral.vision import vision_tower
 from edge_vlm_export.families.settings_files import PROCESSOR, SETTINGS_FILES
@@ -21,6 +21,7 @@ from edge_vlm_export.families.settings_files import PROCESSOR, SETTINGS_FILES
 if TYPE_CHECKING:
     from edge_vlm.families.base import Tiles, UInt8
     from edge_vlm.families.pixtral.processor import PixtralImageProcessor
+    from edge_vlm.families.sizes import Vision
     from edge_vlm_export.checkpoint.tensors import Checkpoint, Values
     from edge_vlm_export.graph.architecture import Tower
 
@@ -105,17 +106,8 @@ class Pixtral(Family):
 
     def vision_sizes(self, settings: PixtralSettings, precision: str) -> Vision:
         """Of the tower."""
-        vision, width = settings.config.vision_config, settings.text.hidden_size
-        return Vision(
-            precision=precision,
-            n_layers=vision.num_hidden_layers,
-            hidden_size=vision.hidden_size,
-            output_size=width,
-            n_heads=vision.num_attention_heads,
-            ffn_size=vision.intermediate_size,
-            feature_size=vision.hidden_size,
-            projector_size=width,
-        )
+        n_layers = settings.config.vision_config.num_hidden_layers
+        return mlp_sizes(settings, n_layers, precision)
 
     def tokens(self, settings: PixtralSettings, tokenizer: Tokenizer) -> PixtralTokens:
         """The picture's, and the others'."""
